@@ -1,0 +1,26 @@
+# make serve    install (once) and serve the demo checkpoint at http://127.0.0.1:8000
+# make test     install (once) and run the tests that need no GPU, no network and no weights
+# make check    style, types, and the architecture: layers, cycles, sizes, imports free of torch
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: serve test check install install-test
+
+install:
+	@$(PYTHON) scripts/bootstrap.py
+
+install-test:
+	@$(PYTHON) scripts/bootstrap.py --extras test,check
+
+serve: install
+	@$(BIN)/saddle serve --host 127.0.0.1 $(ARGS)
+
+test: install-test
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/serve
+
+check: install-test
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
