@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MOST_TRIES = 10
 PARALLEL_ALIGNMENTS = 8
 Ramp = Literal["linear", "exponential"]
+Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Codec(Protocol):
 
     async def decode(self, ids: Sequence[int]) -> str: ...
 
-    async def vocabulary(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    async def vocabulary(self) -> Ids:
         """Ids that ordinary text is made of."""
 
 
@@ -83,7 +84,7 @@ class LocalCodec:
     async def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    async def vocabulary(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    async def vocabulary(self) -> Ids:
         added = set(self._tokenizer.get_added_tokens_decoder())
         ids = set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - added
         return np.array(sorted(ids), dtype=np.int64)
@@ -107,9 +108,8 @@ class ServerCodec:
         body = {"model": self._model, "tokens": [int(token) for token in ids]}
         return str((await self._post("/detokenize", body))["prompt"])
 
-    async def vocabulary(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        # The server does not list its vocabulary; the ids of plain text are none of the special ones.
-        return np.array(sorted(set(await self.encode(string.printable + " ".join(string.printable)))), dtype=np.int64)
+    async def vocabulary(self) -> Ids:
+        return await plain_ids(self)  # the server does not list its vocabulary
 
     async def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         async with self._session.post(self._base_url + route, json=body, headers=self._headers) as response:
@@ -125,8 +125,10 @@ async def random_prompts(spec: RandomSpec, local: LocalCodec | None, server: Ser
         StartupError: there is no local tokenizer and the server has no /tokenize.
     """
     rng = np.random.default_rng(spec.seed)
+    codec = local or server
     try:
-        pool = await (local or server).vocabulary()
+        pool = await codec.vocabulary()
+        filler = await plain_ids(codec)
     except aiohttp.ClientError as error:
         raise StartupError(
             f"No tokenizer.json was found here and the server does not tokenize ({error}); give --tokenizer FOLDER."
@@ -137,23 +139,28 @@ async def random_prompts(spec: RandomSpec, local: LocalCodec | None, server: Ser
     outputs = rng.integers(max(1, math.floor(spec.output_len * low)), math.ceil(spec.output_len * high) + 1, shape)
     offsets = rng.integers(0, len(pool), shape)
     prefix = pool[rng.integers(0, len(pool), spec.prefix_len)].tolist()
-
-    def fill(count: int) -> list[int]:
-        return [int(token) for token in pool[rng.integers(0, len(pool), count)]]
-
     prompts = []
     for index in range(spec.num_prompts):
         run = pool[(offsets[index] + index + np.arange(inputs[index])) % len(pool)].tolist()
-        target = spec.prefix_len + int(inputs[index])
-        text, count = await fit(local or server, prefix + run, target, fill)
+        text, count = await fit(codec, prefix + run, spec.prefix_len + int(inputs[index]), filler, rng)
         prompts.append(Prompt(text, count, int(outputs[index])))
-    return prompts if local is None else await align(prompts, server, fill)
+    return prompts if local is None else await align(prompts, (inputs + spec.prefix_len).tolist(), server, rng)
 
 
-async def fit(codec: Codec, ids: list[int], target: int, fill: Callable[[int], list[int]]) -> tuple[str, int]:
-    """A text that encodes to `target` tokens, begun from `ids`, and its count (the closest of the tries)."""
+async def plain_ids(codec: Codec) -> Ids:
+    """Ids of plain text, which are never special and decode to whole characters."""
+    return np.array(sorted(set(await codec.encode(string.printable + " ".join(string.printable)))), dtype=np.int64)
+
+
+async def fit(
+    codec: Codec, ids: list[int], target: int, filler: Ids, rng: np.random.Generator
+) -> tuple[str, int]:
+    """A text that encodes to `target` tokens, begun from `ids`, and its count (the closest of the tries).
+
+    Each try replaces one more token of the end by `filler`: a cut through a character would grow back for ever.
+    """
     best: tuple[int, str, int] | None = None
-    for _ in range(MOST_TRIES):
+    for attempt in range(MOST_TRIES):
         text = await codec.decode(ids)
         again = await codec.encode(text)
         miss = abs(len(again) - target)
@@ -161,29 +168,32 @@ async def fit(codec: Codec, ids: list[int], target: int, fill: Callable[[int], l
             best = (miss, text, len(again))
         if miss == 0:
             break
-        ids = again[:target] if len(again) > target else again + fill(target - len(again))
+        kept = again[: max(0, target - attempt)]
+        ids = kept + filler[rng.integers(0, len(filler), target - len(kept))].tolist()
     assert best is not None
     return best[1], best[2]
 
 
-async def align(prompts: list[Prompt], server: ServerCodec, fill: Callable[[int], list[int]]) -> list[Prompt]:
-    """Make the prompts have their length by the server's count; a server that cannot tell keeps them as they are."""
+async def align(
+    prompts: list[Prompt], targets: list[int], server: ServerCodec, rng: np.random.Generator
+) -> list[Prompt]:
+    """Give the prompts their lengths by the server's count; a server that cannot tell keeps them as they are."""
     slots = asyncio.Semaphore(PARALLEL_ALIGNMENTS)
-
-    async def one(prompt: Prompt) -> Prompt:
-        async with slots:
-            ids = await server.encode(prompt.text)
-            if len(ids) == prompt.num_tokens:
-                return prompt
-            text, count = await fit(server, ids, prompt.num_tokens, fill)
-            return Prompt(text, count, prompt.output_len)
-
     try:
-        first = await one(prompts[0])
+        filler = await plain_ids(server)
     except (aiohttp.ClientError, KeyError, ValueError) as error:
         logger.warning("the server does not tokenize (%s): prompt lengths are those of the local tokenizer", error)
         return prompts
-    return [first, *await asyncio.gather(*(one(prompt) for prompt in prompts[1:]))]
+
+    async def one(prompt: Prompt, target: int) -> Prompt:
+        async with slots:
+            ids = await server.encode(prompt.text)
+            if len(ids) == target:
+                return Prompt(prompt.text, target, prompt.output_len)
+            text, count = await fit(server, ids, target, filler, rng)
+            return Prompt(text, count, prompt.output_len)
+
+    return list(await asyncio.gather(*(one(prompt, target) for prompt, target in zip(prompts, targets, strict=True))))
 
 
 def due_times(
