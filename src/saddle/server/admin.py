@@ -1,0 +1,132 @@
+"""Routes beside the APIs: is it alive, is it ready, what does it serve, what does it count, how does it tokenise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
+
+from saddle.errors import InvalidRequest, NotFound
+from saddle.metrics import CONTENT_TYPE
+from saddle.server.bodies import read, takes
+from saddle.server.job import ChatPrompt, TextPrompt
+from saddle.server.replies import JSONReply
+from saddle.server.service import Service
+from saddle.server.wire_openai import DetokenizeBody, TokenizeBody
+from saddle.version import VERSION
+
+WELCOME = """Saddle {version} serves {model}.
+
+POST /v1/chat/completions   OpenAI chat
+POST /v1/completions        OpenAI completions
+GET  /v1/models             what is served, with max_model_len
+POST /tokenize, /detokenize
+GET  /livez, /health, /ping, /version, /load, /metrics
+GET  /docs                  every field of every request
+"""
+
+
+def router(service: Service) -> APIRouter:
+    """Health and counters are open to everybody; the rest is behind the API keys."""
+    admin = APIRouter(tags=["server"])
+    _add_health(admin, service)
+    _add_models(admin, service)
+    _add_tokens(admin, service)
+    return admin
+
+
+def _add_health(admin: APIRouter, service: Service) -> None:
+    @admin.api_route("/", methods=["GET", "HEAD"])
+    async def index() -> Response:
+        return PlainTextResponse(WELCOME.format(version=VERSION, model=service.model_names[0]))
+
+    @admin.get("/livez")
+    async def livez() -> Response:
+        """200 as long as the process answers."""
+        return JSONReply({"status": "alive"})
+
+    @admin.get("/health")
+    async def health() -> Response:
+        """200 when requests are served; 503 while loading, draining or dead, with the phase of loading."""
+        state, reason = service.client.state, service.unavailable()
+        if reason is None:
+            return JSONReply({"status": "ready"})
+        status = "dead" if state.dead is not None else "draining" if service.draining else "loading"
+        body: dict[str, Any] = {"status": status, "message": reason.message}
+        if status == "loading":
+            body |= {"phase": state.phase, "progress": round(state.share, 4), "note": state.note}
+        headers = {"Retry-After": str(reason.retry_after)} if reason.retry_after is not None else None
+        return JSONReply(body, status_code=503, headers=headers)
+
+    admin.add_api_route("/ping", health, methods=["GET", "POST"], operation_id="ping")
+
+    @admin.get("/version")
+    async def version() -> Response:
+        return JSONReply({"version": VERSION})
+
+    @admin.get("/load")
+    async def load() -> Response:
+        """Requests being admitted or answered."""
+        return JSONReply({"server_load": service.num_in_flight})
+
+    @admin.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.expose(), media_type=CONTENT_TYPE)
+
+
+def _add_models(admin: APIRouter, service: Service) -> None:
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created_s,
+            "owned_by": "saddle",
+            "root": service.model_names[0],
+            "parent": None,
+            "max_model_len": service.facts().max_model_len,
+        }
+
+    @admin.get("/v1/models")
+    async def models() -> Response:
+        return JSONReply({"object": "list", "data": [card(name) for name in service.model_names]})
+
+    @admin.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name not in service.model_names:
+            raise NotFound(f"The model `{name}` does not exist.", param="model")
+        return JSONReply(card(name))
+
+
+def _add_tokens(admin: APIRouter, service: Service) -> None:
+    @admin.post("/tokenize", openapi_extra=takes(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        facts = service.facts()
+        body = await read(request, TokenizeBody)
+        facts.check_model(body.model)
+        ids = await service.encode(_prompt(body))
+        strings = [service.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        return JSONReply({"count": len(ids), "max_model_len": facts.max_model_len, "tokens": ids,
+                          "token_strs": strings})  # fmt: skip
+
+    @admin.post("/detokenize", openapi_extra=takes(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        facts = service.facts()
+        body = await read(request, DetokenizeBody)
+        facts.check_model(body.model)
+        facts.check_token_ids(body.tokens, "tokens")
+        return JSONReply({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _prompt(body: TokenizeBody) -> ChatPrompt | TextPrompt:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("Give either prompt or messages.", param="prompt" if body.prompt is None else "messages")
+    if body.messages is None:
+        return TextPrompt(body.prompt or "")
+    return ChatPrompt(
+        messages=body.messages,
+        tools=body.tools,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs=body.chat_template_kwargs or {},
+    )

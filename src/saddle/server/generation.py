@@ -1,0 +1,270 @@
+"""One job under way: its choices in the engine, their parsers, and the events that come out.
+
+`Generation.events` is the one generator behind streaming and non-streaming answers: it ends every choice in exactly
+one Done or Failed. Leaving it early, by cancellation too, aborts what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from saddle.config import ServerConfig
+from saddle.engine.client import EngineClient, TokenStream
+from saddle.metrics import Metrics
+from saddle.parsing.events import Done, Event, Failed
+from saddle.parsing.replay import ReplayStore
+from saddle.parsing.stream import StreamParser
+from saddle.parsing.tokenizer import Tokenizer
+from saddle.protocol import EngineStats, FinishReason, SamplingParams, TokenDelta, TokenRequest, Usage
+from saddle.server.job import Job
+
+logger = logging.getLogger(__name__)
+UNREADABLE = "The output of the model could not be read."
+
+
+@dataclass(slots=True, kw_only=True)
+class Backend:
+    """What a generation works with; one for all generations of a server."""
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    replay: ReplayStore
+    config: ServerConfig
+    metrics: Metrics
+    numbers: itertools.count[int] = field(default_factory=itertools.count)
+    last_stats: EngineStats | None = None
+
+    def engine_id(self, public_id: str) -> str:
+        """Clients may repeat their ids; those of the engine never repeat."""
+        return f"{public_id}-{next(self.numbers)}"
+
+    def watch_steps(self) -> None:
+        """Count the size of the engine's latest step once. Steps that yielded no token to anybody are not seen."""
+        stats = self.client.stats
+        if stats is not self.last_stats:
+            self.last_stats = stats
+            self.metrics.step_tokens.observe(stats.last_step_tokens)
+
+    def starts_in_reasoning(self, ids: list[int]) -> bool:
+        """Whether generation continues a thinking block: the last turn of the prompt opened one and did not end it."""
+        tokens = self.tokenizer
+        for token_id in reversed(ids):
+            if token_id == tokens.think_id:
+                return True
+            if token_id in (tokens.end_think_id, tokens.bos_id, tokens.eos_id):
+                return False
+        return False
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One choice of a job: its stream of tokens, its parser and its clock."""
+
+    index: int
+    stream: TokenStream
+    parser: StreamParser
+    num_prompt: int
+    first_s: float = 0.0
+    last_s: float = 0.0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    num_tokens: int = 0
+    done: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.stream.request_id
+
+
+class Generation:
+    """A job that the engine took: `prompts` are its token ids; `events` yields what it makes."""
+
+    def __init__(self, backend: Backend, job: Job, prompts: list[list[int]], arrival_s: float,
+                 on_close: Callable[[Generation], None]) -> None:  # fmt: skip
+        self.job, self.prompts = job, prompts
+        self._backend, self._arrival_s, self._on_close = backend, arrival_s, on_close
+        self._choices: list[Choice] = []
+        self._closed = False
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(1 for choice in self._choices if not choice.done and choice.first_s == 0)
+
+    async def submit(self, params: list[SamplingParams]) -> None:
+        """Hand every choice to the engine; all or none are taken."""
+        job, n = self.job, self.job.params.n
+        requests = [
+            TokenRequest(
+                request_id=self._backend.engine_id(job.request_id),
+                prompt_ids=self.prompts[index // n],
+                params=_params_of_choice(params[index // n], index % n),
+                arrival_s=self._arrival_s,
+                priority=job.priority,
+                cache_salt=job.cache_salt,
+            )
+            for index in range(len(self.prompts) * n)
+        ]
+        client = self._backend.client
+        tasks = [asyncio.ensure_future(client.submit(request)) for request in requests]
+        try:
+            streams = await asyncio.gather(*tasks)
+        except BaseException:
+            for task, request in zip(tasks, requests, strict=True):
+                task.cancel()
+                client.abort(request.request_id)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        self._choices = [
+            Choice(index, stream, self._parser(prompt), len(prompt))
+            for index, stream in enumerate(streams)
+            for prompt in (self.prompts[index // n],)
+        ]
+
+    def _parser(self, prompt: list[int]) -> StreamParser:
+        job, config = self.job, self._backend.config
+        return StreamParser(
+            self._backend.tokenizer,
+            tools=job.tools,
+            reasoning_parser=config.reasoning_parser if job.parse else None,
+            tool_parser=config.tool_call_parser if job.parse else None,
+            params=job.params,
+            num_prompt_tokens=len(prompt),
+            starts_in_reasoning=job.parse and self._backend.starts_in_reasoning(prompt),
+            want_tokens=job.want_tokens,
+            mute_calls=job.mute_calls,
+        )
+
+    # events ------------------------------------------------------------------------------------------------------
+
+    async def events(self) -> AsyncIterator[tuple[int, list[Event]]]:
+        """(choice, its new events), until every choice has had its Done or Failed."""
+        try:
+            if len(self._choices) == 1:
+                choice = self._choices[0]
+                async for delta in choice.stream:
+                    events = self._feed(choice, delta)
+                    if events:
+                        yield choice.index, events
+                    if choice.done:
+                        break
+            else:
+                async for item in self._merged():
+                    yield item
+        finally:
+            self.close()
+
+    async def _merged(self) -> AsyncIterator[tuple[int, list[Event]]]:
+        """The choices' events in the order in which they come."""
+        queue: asyncio.Queue[tuple[Choice, TokenDelta]] = asyncio.Queue()
+
+        async def pump(choice: Choice) -> None:
+            async for delta in choice.stream:
+                queue.put_nowait((choice, delta))
+
+        pumps = [asyncio.ensure_future(pump(choice)) for choice in self._choices]
+        try:
+            running = len(pumps)
+            while running:
+                choice, delta = await queue.get()
+                if choice.done:
+                    continue
+                events = self._feed(choice, delta)
+                running -= choice.done
+                if events:
+                    yield choice.index, events
+        finally:
+            for task in pumps:
+                task.cancel()
+
+    def close(self) -> None:
+        """Abort the choices that still run; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for choice in self._choices:
+            if not choice.done:
+                choice.done = True
+                self._backend.client.abort(choice.request_id)
+                self._backend.metrics.finished[FinishReason.ABORT.value] += 1
+        self._backend.metrics.longest.observe(max(choice.num_tokens for choice in self._choices))
+        self._on_close(self)
+
+    def _feed(self, choice: Choice, delta: TokenDelta) -> list[Event]:
+        """Parse a delta, keep the clock, and end the choice where it ends."""
+        if delta.token_ids:
+            self._tick(choice, delta)
+        try:
+            events = choice.parser.feed(delta)
+        except Exception:
+            logger.exception("%s: the output could not be read", choice.request_id)
+            events = [Failed(UNREADABLE, self._usage(choice))]
+            self._backend.client.abort(choice.request_id)
+        if events and isinstance(events[-1], (Done, Failed)):
+            self._end(choice, events[-1])
+        return events
+
+    def _tick(self, choice: Choice, delta: TokenDelta) -> None:
+        now, count, metrics = time.monotonic(), len(delta.token_ids), self._backend.metrics
+        if choice.first_s == 0:
+            choice.first_s = now
+            metrics.ttft.observe(now - self._arrival_s)
+            choice.queued_s, choice.prefill_s = delta.queued_s or 0.0, delta.prefill_s or 0.0
+        else:
+            metrics.itl.observe((now - choice.last_s) / count, count)
+        choice.last_s = now
+        choice.num_tokens += count
+        self._backend.watch_steps()
+
+    def _end(self, choice: Choice, last: Done | Failed) -> None:
+        backend, stopped = self._backend, choice.parser.stopped_by_text
+        choice.done = True
+        if isinstance(last, Failed):
+            logger.error("%s failed: %s", choice.request_id, last.message)
+            backend.metrics.finished[FinishReason.ERROR.value] += 1
+            return
+        if stopped is not None:
+            backend.client.finish(choice.request_id, *stopped)
+        elif self.job.parse and last.finish_reason is FinishReason.STOP:
+            backend.replay.remember(choice.parser.generated_text, choice.parser.generated_ids)
+        self._observe(choice, last)
+
+    def _observe(self, choice: Choice, done: Done) -> None:
+        metrics, usage = self._backend.metrics, done.usage
+        metrics.finished[done.finish_reason.value] += 1
+        metrics.num_cached_tokens += usage.num_cached_tokens
+        metrics.prompt.observe(usage.num_prompt_tokens)
+        metrics.computed.observe(usage.num_prompt_tokens - usage.num_cached_tokens)
+        metrics.generation.observe(usage.num_completion_tokens)
+        metrics.params_n.observe(self.job.params.n)
+        if self.job.params.max_tokens is not None:
+            metrics.params_max_tokens.observe(self.job.params.max_tokens)
+        decode_s = choice.last_s - choice.first_s
+        metrics.e2e.observe(choice.last_s - self._arrival_s)
+        metrics.queue.observe(choice.queued_s)
+        metrics.prefill.observe(choice.prefill_s)
+        metrics.decode.observe(decode_s)
+        metrics.inference.observe(choice.prefill_s + decode_s)
+        if usage.num_completion_tokens > 1:
+            metrics.tpot.observe(decode_s / (usage.num_completion_tokens - 1))
+
+    @staticmethod
+    def _usage(choice: Choice) -> Usage:
+        return Usage(num_prompt_tokens=choice.num_prompt, num_completion_tokens=choice.num_tokens)
+
+
+def _params_of_choice(params: SamplingParams, number: int) -> SamplingParams:
+    """Choices of one request draw differently also when a seed is given."""
+    if number == 0 or params.seed is None:
+        return params
+    return msgspec.structs.replace(params, seed=(params.seed + number) % 2**63)

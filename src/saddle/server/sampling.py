@@ -1,0 +1,157 @@
+"""The sampling fields of an OpenAI body -> `SamplingParams`, and the refusal of what this version does not do.
+
+Order of defaults: the request, then the server's (`generation_config.json` and its overrides), then neutral values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from saddle.errors import InvalidRequest
+from saddle.protocol import MAX_LOGIT_BIAS, SamplingParams
+from saddle.server.job import Facts
+from saddle.server.wire_openai import SamplingBody
+
+# Known fields without an implementation here, each with what a sender can do instead.
+REFUSED: dict[str, str] = {
+    "structured_outputs": "leave it out",
+    "use_beam_search": "sample with n instead",
+    "logprob_token_ids": "use logprobs and top_logprobs",
+    "repetition_detection": "use repetition_penalty",
+    "kv_transfer_params": "leave it out",
+    "vllm_xargs": "leave it out",
+    "thinking_token_budget": "use max_tokens",
+    "return_prompt_text": "use /detokenize on prompt_token_ids",
+    "chat_template": "it is fixed when the server starts (--chat-template)",
+    "documents": "put their text into a message",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "the model reads and writes text only",
+    "suffix": "the model has no fill-in-the-middle prompt",
+    "prompt_embeds": "send text or token ids",
+}
+SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_tokens", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n", "prompt_logprobs",
+)  # fmt: skip
+DEFAULTED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                    "frequency_penalty")  # fmt: skip
+
+
+def sampling_params(
+    body: SamplingBody, facts: Facts, *, max_tokens: int | None, logprobs: int | None, **extra: Any
+) -> SamplingParams:
+    """Resolve all sampling fields; `max_tokens` None stays None when the server has no default either.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    refuse_unsupported(body)
+    values: dict[str, Any] = {name: facts.defaults[name] for name in DEFAULTED_FIELDS if name in facts.defaults}
+    values |= {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+    if max_tokens is None:
+        max_tokens = facts.defaults.get("max_tokens")
+    allowed = body.allowed_token_ids
+    params = SamplingParams(
+        **{
+            **values,
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "stop": tuple(body.stop or ()),
+            "stop_token_ids": tuple(body.stop_token_ids or ()),
+            "logit_bias": _logit_bias(body.logit_bias or {}),
+            "bad_words_ids": _bad_words(body.bad_words or [], facts),
+            "allowed_token_ids": None if allowed is None else tuple(allowed),
+            **extra,
+        }
+    )
+    if params.n > 1 and params.is_greedy:
+        raise InvalidRequest("n must be 1 when temperature is 0: greedy choices would all be the same.", param="n")
+    _check_token_ids(params, facts)
+    _check_logprobs(params, facts, "top_logprobs" if hasattr(body, "top_logprobs") else "logprobs")
+    return params
+
+
+def refuse_unsupported(body: SamplingBody) -> None:
+    """Raise for a known field that asks for something this version does not do."""
+    for name, instead in REFUSED.items():
+        if getattr(body, name, None):
+            raise InvalidRequest(f"{name} is not supported by this version: {instead}.", param=name)
+    form = body.response_format
+    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
+        raise InvalidRequest('response_format is not supported by this version, except {"type": "text"}.',
+                             param="response_format")  # fmt: skip
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequest("best_of is not supported: use n and choose among the choices.", param="best_of")
+    if any(kind != "text" for kind in getattr(body, "modalities", None) or ()):
+        raise InvalidRequest('modalities must be ["text"].', param="modalities")
+
+
+def check_streaming(body: SamplingBody) -> None:
+    """Fields that go with streaming only, or never."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidRequest("prompt_logprobs is not available with stream: true.", param="prompt_logprobs")
+
+
+def truncation(body: SamplingBody, facts: Facts) -> tuple[int | None, int | None]:
+    """(keep_last, keep_first) of a job; -1 is the whole context but one token."""
+    limit = body.truncate_prompt_tokens
+    if body.truncation_side not in (None, "left", "right"):
+        raise InvalidRequest("truncation_side must be left or right.", param="truncation_side")
+    if limit is None:
+        return None, None
+    if limit != -1 and not 1 <= limit < facts.max_model_len:
+        raise InvalidRequest(f"truncate_prompt_tokens must be -1 or from 1 to {facts.max_model_len - 1}.",
+                             param="truncate_prompt_tokens")  # fmt: skip
+    limit = facts.max_model_len - 1 if limit == -1 else limit
+    return (None, limit) if body.truncation_side == "right" else (limit, None)
+
+
+def with_max_tokens(params: SamplingParams, room: int) -> SamplingParams:
+    """The same parameters with `max_tokens` at most `room`, and `min_tokens` at most that."""
+    limit = room if params.max_tokens is None else min(params.max_tokens, room)
+    if limit == params.max_tokens:
+        return params
+    return msgspec.structs.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+
+
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(f"logit_bias may name at most {MAX_LOGIT_BIAS} tokens.", param="logit_bias")
+    found = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise InvalidRequest(f"logit_bias must map token ids to numbers, got the key {key[:50]!r}.",
+                                 param=f"logit_bias.{key[:50]}")  # fmt: skip
+        if not -100 <= value <= 100:
+            raise InvalidRequest("logit_bias values must be between -100 and 100.", param=f"logit_bias.{key}")
+        found[int(key)] = value
+    return found
+
+
+def _bad_words(words: list[str], facts: Facts) -> tuple[tuple[int, ...], ...]:
+    """Ids of each word as it is written at the start of a text and after a space: BPE has one of each."""
+    found: dict[tuple[int, ...], None] = {}
+    for index, word in enumerate(words):
+        if not word.strip():
+            raise InvalidRequest("bad_words must be made of non-empty strings.", param=f"bad_words.{index}")
+        for text in (word, " " + word.lstrip()):
+            found[tuple(facts.tokenizer.encode(text, allow_special=False))] = None
+    return tuple(found)
+
+
+def _check_token_ids(params: SamplingParams, facts: Facts) -> None:
+    facts.check_token_ids(params.stop_token_ids, "stop_token_ids")
+    facts.check_token_ids(tuple(params.logit_bias), "logit_bias")
+    facts.check_token_ids(params.allowed_token_ids or (), "allowed_token_ids")
+
+
+def _check_logprobs(params: SamplingParams, facts: Facts, name: str) -> None:
+    most = facts.config.max_logprobs
+    for field, count in ((name, params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None and most >= 0 and count > most:
+            raise InvalidRequest(f"{field} must be at most {most} (--max-logprobs), got {count}.", param=field)

@@ -1,0 +1,212 @@
+"""What every HTTP API does with a job: admit it, make its token ids, hand it to the engine.
+
+`Service.open` raises a `RequestError` for whatever can be refused; once it returns, the engine has taken every choice
+and the answer is HTTP 200. What follows is the `Generation` that it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from saddle.config import ServerConfig
+from saddle.engine.client import EngineClient
+from saddle.errors import ContextTooLong, InvalidRequest, Overloaded, Unavailable
+from saddle.metrics import Metrics
+from saddle.parsing.conversation import normalise
+from saddle.parsing.render import Renderer
+from saddle.parsing.replay import ReplayStore
+from saddle.parsing.tokenizer import Tokenizer
+from saddle.protocol import SamplingParams
+from saddle.server.generation import Backend, Generation
+from saddle.server.job import ChatPrompt, Facts, Job, Prompt, TextPrompt
+from saddle.server.sampling import with_max_tokens
+
+logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
+RENDER_THREADS = 2
+RETRY_AFTER_S = 1
+DRAINING = "The server is shutting down."
+
+
+class Service:
+    """Serves jobs with one engine. Belongs to the event loop of its client.
+
+    Args:
+        client: the engine; it may still be loading.
+        replay: the store that `renderer` reads; generated turns are reported to it.
+        model_names: names that requests may give; the first is echoed.
+        defaults: sampling values of the checkpoint and the command line, from `defaults.sampling_defaults`.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        renderer: Renderer,
+        replay: ReplayStore,
+        config: ServerConfig,
+        metrics: Metrics,
+        *,
+        model_names: tuple[str, ...],
+        defaults: Mapping[str, Any],
+    ) -> None:
+        self.client, self.tokenizer, self.config, self.metrics = client, tokenizer, config, metrics
+        self.model_names, self.defaults = model_names, defaults
+        self.created_s = int(time.time())
+        self.draining = False
+        self._renderer = renderer
+        self._backend = Backend(client=client, tokenizer=tokenizer, replay=replay, config=config, metrics=metrics)
+        self._live: set[Generation] = set()
+        self._num_opening = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="render")
+        metrics.bind(lambda: client.stats, lambda: client.state.ready)
+
+    # state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests being admitted or answered."""
+        return len(self._live) + self._num_opening
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that have no token yet; a request that is being admitted counts as one."""
+        return self._num_opening + sum(generation.num_waiting for generation in self._live)
+
+    def unavailable(self) -> Unavailable | None:
+        """Why new requests are refused now, None when they are not."""
+        state = self.client.state
+        if state.dead is not None:
+            return Unavailable(state.dead)
+        if self.draining:
+            return Unavailable(DRAINING, retry_after=RETRY_AFTER_S)
+        if state.ready is None:
+            return Unavailable(f"The model is loading: {state.phase}, {state.share:.0%}.", retry_after=RETRY_AFTER_S)
+        return None
+
+    def facts(self) -> Facts:
+        """Raises Unavailable while no request can be served."""
+        reason, ready = self.unavailable(), self.client.state.ready
+        if reason is not None:
+            self._reject("unavailable")
+            raise reason
+        assert ready is not None
+        return Facts(
+            model_names=self.model_names,
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            defaults=self.defaults,
+            config=self.config,
+            tokenizer=self.tokenizer,
+        )
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight; False when `timeout_s` passed first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # admission ---------------------------------------------------------------------------------------------------
+
+    async def open(self, job: Job) -> Generation:
+        """Admit a job; returns when the engine took all its choices.
+
+        Raises:
+            RequestError: refused, by us or by the engine; nothing of it runs then.
+        """
+        arrival_s, facts = time.monotonic(), self.facts()
+        self._check_queue(job)
+        self._change_opening(+1)
+        try:
+            prompts = [_cut(job, await self.encode(prompt)) for prompt in job.prompts]
+            params = [self._fit(job.params, ids, facts.max_model_len) for ids in prompts]
+            generation = Generation(self._backend, job, prompts, arrival_s, self._forget)
+            await generation.submit(params)
+            self._live.add(generation)
+        finally:
+            self._change_opening(-1)
+        if self.config.log_requests:
+            logger.info("%s: prompts of %s tokens, %s", job.request_id, [len(ids) for ids in prompts], params[0])
+        return generation
+
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Rendering and encoding run on a thread.
+
+        Raises:
+            InvalidRequest: as the renderer refused it.
+        """
+        if isinstance(prompt, ChatPrompt):
+            return await self._on_thread(self._render, prompt)
+        if isinstance(prompt, TextPrompt):
+            return await self._on_thread(self.tokenizer.encode, prompt.text)
+        return prompt.token_ids
+
+    async def _on_thread(self, make: Callable[..., Made], *args: Any) -> Made:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, make, *args)
+        except RecursionError:
+            raise InvalidRequest("The request is nested too deeply.") from None
+
+    def _render(self, prompt: ChatPrompt) -> list[int]:
+        rendered = self._renderer.render(
+            normalise(prompt.messages, prompt.tools),
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            template_kwargs=dict(prompt.template_kwargs),
+        )
+        return list(rendered.token_ids)
+
+    def _check_queue(self, job: Job) -> None:
+        limit = self.config.max_queued_requests
+        if limit is not None and self.num_waiting + len(job.prompts) * job.params.n > limit:
+            self._reject("queue_full")
+            raise Overloaded(f"{self.num_waiting} requests wait for their first token; the limit is {limit}.",
+                             retry_after=RETRY_AFTER_S)  # fmt: skip
+
+    def _fit(self, params: SamplingParams, ids: list[int], longest: int) -> SamplingParams:
+        """The parameters with `max_tokens` set to what fits behind a prompt."""
+        if not ids:
+            raise InvalidRequest("The prompt has no tokens.", param="prompt")
+        if len(ids) >= longest:
+            self._reject("prompt_too_long")
+            raise ContextTooLong(
+                f"This model's maximum context length is {longest} tokens. However, your prompt contains {len(ids)} "
+                "input tokens, which exceeds this limit even without any output tokens. Please reduce the length of "
+                "the input prompt.",
+                param="input_tokens",
+            )
+        return with_max_tokens(params, longest - len(ids))
+
+    def _forget(self, generation: Generation) -> None:
+        self._live.discard(generation)
+        self._change_opening(0)
+
+    def _change_opening(self, by: int) -> None:
+        self._num_opening += by
+        self.metrics.num_in_flight = self.num_in_flight
+        if self.num_in_flight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    def _reject(self, reason: str) -> None:
+        self.metrics.rejected[reason] += 1
+
+
+def _cut(job: Job, ids: list[int]) -> list[int]:
+    if job.keep_last is not None:
+        return ids[-job.keep_last :]
+    return ids if job.keep_first is None else ids[: job.keep_first]
