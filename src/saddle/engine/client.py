@@ -155,7 +155,7 @@ class EngineClient:
         self._stopping = False
         self.state = EngineState()
         self.stats = EngineStats()
-        self._loop.add_reader(child.socket.getsockopt(zmq.FD), self._receive)
+        self._loop.add_reader(child.socket.fileno(), self._receive)
         self._loop.add_reader(child.process.sentinel, self._on_exit)
         self._loop.call_soon(self._receive)
 
@@ -320,7 +320,7 @@ class EngineClient:
         """The process ended: its sentinel is readable."""
         self._receive()
         self._loop.remove_reader(self._child.process.sentinel)
-        self._loop.remove_reader(self._child.socket.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._child.socket.fileno())
         code = self._child.close()
         self._fail_all(EngineFailed("The engine was stopped." if self._stopping else describe_exit(code)))
         self._died.set()
