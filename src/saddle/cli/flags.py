@@ -135,22 +135,21 @@ class FlagParser(argparse.ArgumentParser):
         given, dotted = self._normalise(sys.argv[1:] if args is None else args)
         result, rest = super().parse_known_args(given, namespace)
         if getattr(result, "config", None) is not None and "--config" in self.flags:
-            result, file_dotted = self._parse_config(result.config)
-            dotted = _merge(file_dotted, dotted)
-            result, rest = super().parse_known_args(given, result)
+            result, rest = super().parse_known_args(given, self._parse_config(result.config))
         self._place(result, rest)
         self._finish(result, dotted)
         return result, []
 
-    def _parse_config(self, path: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    def _parse_config(self, path: str) -> argparse.Namespace:
+        """What a YAML file gives, for the command line to override."""
         self._where = f"in {path}: "
         given, dotted = self._normalise(self._config_tokens(path))
         result, rest = super().parse_known_args(given, None)
         if rest:
             self.error(f"cannot use {' '.join(rest)}")
-        self._finish(result, {})
+        self._finish(result, dotted)
         self._where = ""
-        return result, dotted
+        return result
 
     def _config_tokens(self, path: str) -> list[str]:
         """The file's entries as command line tokens."""
