@@ -15,14 +15,12 @@ class Flight:
     requests   whose work it is, in the order of `plan.work`
     ends       tokens of each that are computed once the plan ran
     published  blocks that the plan fills and that can be found already
-    failed     its requests have ended by the failure of an earlier step
     """
 
     plan: StepPlan
     requests: list[Request]
     ends: list[int]
     published: list[int]
-    failed: bool = False
 
 
 @dataclass(slots=True)

@@ -434,10 +434,7 @@ class Scheduler:
 
     def _fail(self, flight: Flight, error: str, deltas: list[TokenDelta]) -> None:
         """End the requests of a failed step and of all plans in flight, and forget what they wrote."""
-        if flight.failed:
-            return
         for each in (flight, *self._flights):
-            each.failed = True
             self.kv.unpublish(each.published)
             for request in each.requests:
                 self.kv.unpublish(request.block_ids)

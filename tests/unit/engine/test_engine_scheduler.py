@@ -1,0 +1,553 @@
+"""What the scheduler promises, each on the scripted device with 0, 1 and 2 plans in flight."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from engine_support import EOS, VOCAB, bench, expected, request, stops_after
+
+from saddle.errors import EngineError
+from saddle.executor.fake import from_function
+from saddle.protocol import Accepted, FinishReason, Refused, StepPlan, StepResult
+
+PROMPT = list(range(2, 12))
+
+in_flight = pytest.mark.parametrize("plans", [0, 1, 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the same tokens whatever the way
+
+
+@in_flight
+@pytest.mark.parametrize("budget", [1, 3, 16, 64])
+@pytest.mark.parametrize("caching", [True, False])
+def test_tokens_do_not_depend_on_chunks_batches_and_cache(plans: int, budget: int, caching: bool) -> None:
+    made = bench(max_num_batched_tokens=budget, plans_in_flight=plans, caching=caching, num_blocks=200)
+    prompts = {f"r{n}": [2 + (n + i) % 5 for i in range(3 * n + 1)] for n in range(16)}
+    made.submit(*(request(name, prompt, 12) for name, prompt in prompts.items()))
+    made.submit(*(request(name + " again", prompt, 12) for name, prompt in prompts.items()))
+    for name, outcome in made.run().items():
+        assert outcome.token_ids == expected(prompts[name.removesuffix(" again")], 12), name
+        assert outcome.reason is FinishReason.LENGTH
+    assert max(plan.num_tokens for plan in made.plans) <= budget
+    assert (made.core.stats.num_cache_hits > 0) == caching
+
+
+@in_flight
+def test_pressure_preempts_and_all_get_on(plans: int) -> None:
+    made = bench(num_blocks=12, plans_in_flight=plans, max_num_batched_tokens=16)
+    prompts = {f"r{n}": [2 + n, *PROMPT[:5]] for n in range(6)}
+    made.submit(*(request(name, prompt, 30) for name, prompt in prompts.items()))
+    outcomes = made.run(600)
+    assert {name: outcome.token_ids for name, outcome in outcomes.items()} == {
+        name: expected(prompt, 30) for name, prompt in prompts.items()
+    }
+    assert made.core.stats.num_preemptions > 0
+    readmitted = [admit for plan in made.plans for admit in plan.admits if len(admit.token_ids) > admit.num_prompt]
+    assert readmitted
+
+
+@in_flight
+def test_the_first_request_is_never_preempted(plans: int) -> None:
+    made = bench(num_blocks=10, plans_in_flight=plans)
+    made.submit(*(request(f"r{n}", [2 + n] * 6, 30) for n in range(5)))
+    made.run(600)
+    first_row = made.plans[0].admits[0]
+    assert first_row.token_ids == [2] * 6
+    again = [admit for plan in made.plans[1:] for admit in plan.admits if admit.token_ids[:6] == [2] * 6]
+    assert again == []
+    assert made.core.stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize("plans", [1, 2])
+def test_ids_in_flight_of_a_preempted_row_are_kept(plans: int) -> None:
+    """It is admitted again with every id that was on its way, never earlier."""
+    made = bench(num_blocks=8, plans_in_flight=plans)
+    made.submit(request("first", [2] * 6, 24), request("second", [3] * 6, 24))
+    made.run(600)
+    assert made.core.stats.num_preemptions > 0
+    num_issued: Counter[int] = Counter()  # ids asked of a request so far, by the first token of its prompt
+    owner: dict[tuple[int, int], int] = {}
+    for plan in made.plans:
+        for admit in plan.admits:
+            prompt = admit.token_ids[:6]
+            owner[admit.row, admit.epoch] = prompt[0]
+            assert admit.token_ids[6:] == expected(prompt, num_issued[prompt[0]])
+        for work in plan.work:
+            num_issued[owner[work.row, work.epoch]] += work.samples
+    assert made.outcomes["first"].token_ids == expected([2] * 6, 24)
+    assert made.outcomes["second"].token_ids == expected([3] * 6, 24)
+
+
+@in_flight
+def test_a_victim_is_not_admitted_again_in_the_step_that_preempted_it(plans: int) -> None:
+    made = bench(num_blocks=8, plans_in_flight=plans)
+    made.submit(request("first", [2] * 6, 24), request("second", [3] * 6, 24))
+    while made.core.has_work:
+        before = made.core.stats.num_preemptions
+        made.step()
+        if made.core.stats.num_preemptions > before:
+            assert made.plans[-1].admits == []
+    assert made.core.stats.num_preemptions > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ends
+
+
+@in_flight
+def test_nothing_past_a_stop_is_emitted_counted_or_cached(plans: int) -> None:
+    made = bench(stops_after(5), plans_in_flight=plans)
+    made.submit(request("a", PROMPT, 50))  # 10 + 6 tokens fill four blocks, the last ends with EOS
+    outcome = made.run()["a"]
+    ids = [*expected(PROMPT, 5), EOS]
+    assert outcome.token_ids == ids
+    assert outcome.reason is FinishReason.STOP
+    assert outcome.last is not None and outcome.last.stop_token_id is None
+    assert made.core.stats.num_generated_tokens == 6
+    made.submit(request("b", [*PROMPT, *ids, 9, 9], 1))
+    made.run()
+    assert made.outcomes["b"].deltas[0].num_cached_tokens == 12
+
+
+@in_flight
+def test_generated_blocks_are_cached_for_the_next_turn(plans: int) -> None:
+    made = bench(plans_in_flight=plans)
+    made.submit(request("a", PROMPT, 11))
+    turn = [*PROMPT, *made.run()["a"].token_ids]
+    made.submit(request("b", [*turn, 9, 9, 9, 9], 1))
+    made.run()
+    assert made.outcomes["b"].deltas[0].num_cached_tokens == 20
+
+
+@in_flight
+def test_stop_ids_and_what_they_report(plans: int) -> None:
+    made = bench(from_function(lambda prompt, index: 7 if index == 3 else 9), plans_in_flight=plans)
+    made.submit(
+        request("stop id", PROMPT, 6, stop_token_ids=(7,)),
+        request("other", PROMPT, 6, stop_token_ids=(EOS,)),
+    )
+    made.run()
+    stopped, other = made.outcomes["stop id"], made.outcomes["other"]
+    assert (stopped.reason, len(stopped.token_ids)) == (FinishReason.STOP, 4)
+    assert stopped.last is not None and stopped.last.stop_token_id == 7
+    assert (other.reason, len(other.token_ids)) == (FinishReason.LENGTH, 6)
+
+
+@in_flight
+@pytest.mark.parametrize(
+    ("params", "num_tokens", "reason"),
+    [
+        ({}, 3, FinishReason.STOP),
+        ({"ignore_eos": True}, 8, FinishReason.LENGTH),
+        ({"min_tokens": 3}, 3, FinishReason.STOP),
+        ({"min_tokens": 4}, 8, FinishReason.LENGTH),
+        ({"ignore_eos": True, "stop_token_ids": (EOS,)}, 3, FinishReason.STOP),
+    ],
+)
+def test_eos(plans: int, params: dict[str, object], num_tokens: int, reason: FinishReason) -> None:
+    made = bench(stops_after(2), plans_in_flight=plans)
+    made.submit(request("a", PROMPT, 8, **params))
+    outcome = made.run()["a"]
+    assert (len(outcome.token_ids), outcome.reason) == (num_tokens, reason)
+    assert outcome.last is not None and outcome.last.stop_token_id is None
+
+
+@in_flight
+def test_length_ends_without_computing_a_token_too_many(plans: int) -> None:
+    made = bench(max_model_len=16, plans_in_flight=plans)
+    made.submit(request("by tokens", PROMPT, 3), request("by context", [20, *PROMPT], 100))
+    made.run()
+    assert len(made.outcomes["by tokens"].token_ids) == 3
+    assert len(made.outcomes["by context"].token_ids) == 5
+    assert {outcome.reason for outcome in made.outcomes.values()} == {FinishReason.LENGTH}
+    assert made.device.num_tokens_computed == len(PROMPT) + 2 + len(PROMPT) + 1 + 4
+
+
+@in_flight
+def test_abort_frees_within_one_step_and_says_nothing_more(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_seqs=2)
+    made.submit(request("a", PROMPT, 50), request("b", [9, *PROMPT], 50), request("waiting", PROMPT, 50))
+    for _ in range(4):
+        made.step()
+    num_deltas = len(made.outcomes["a"].deltas)
+    made.core.abort(["a", "waiting", "nobody"])
+    made.step()
+    stats = made.core.stats
+    assert (stats.num_running, stats.num_waiting) == (1, 0)
+    used = stats.num_blocks - stats.num_free_blocks - stats.num_cached_blocks
+    assert used == made.scheduler.kv.num_blocks_of(11 + len(made.outcomes["b"].token_ids) + plans)
+    made.run()
+    assert len(made.outcomes["a"].deltas) == num_deltas
+    assert made.outcomes["waiting"].deltas == []
+    assert made.outcomes["b"].token_ids == expected([9, *PROMPT], 50)
+
+
+@in_flight
+def test_abort_of_all_leaves_an_idle_engine(plans: int) -> None:
+    made = bench(plans_in_flight=plans)
+    made.submit(request("a", PROMPT, 50), request("b", PROMPT, 50))
+    made.step()
+    made.core.abort(["a", "b"])
+    assert made.core.has_work
+    made.run(10)
+
+
+@in_flight
+def test_a_row_given_away_does_not_get_the_late_ids_of_its_last_owner(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_seqs=1)
+    made.submit(request("a", PROMPT, 50), request("b", [9, *PROMPT], 20))
+    for _ in range(3):
+        made.step()
+    made.core.abort(["a"])
+    made.run()
+    assert made.outcomes["b"].token_ids == expected([9, *PROMPT], 20)
+    assert [admit.row for plan in made.plans for admit in plan.admits] == [0, 0]
+    assert [admit.epoch for plan in made.plans for admit in plan.admits] == [1, 2]
+
+
+@in_flight
+def test_finish_corrects_the_counters_and_drops_what_follows(plans: int) -> None:
+    made = bench(plans_in_flight=plans)
+    made.submit(request("a", PROMPT, 50))
+    while len(made.outcomes["a"].token_ids) < 9:
+        made.step()
+    reported = made.core.stats.num_generated_tokens
+    assert reported == 9
+    made.core.finish("a", FinishReason.STOP, 6)
+    made.run()
+    assert len(made.outcomes["a"].deltas) == 9
+    assert made.core.stats.num_generated_tokens == reported  # a counter never falls
+    made.submit(request("b", [9, *PROMPT], 5))
+    made.run()
+    assert made.core.stats.num_generated_tokens == 6 + 5
+    made.core.finish("nobody", FinishReason.STOP, 0)
+    assert made.core.stats.num_generated_tokens == 11
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# order
+
+
+@in_flight
+def test_decoding_rows_go_first_and_in_every_step(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=8)
+    made.submit(request("decodes", PROMPT[:4], 30))
+    made.step()
+    made.submit(request("long", [5] * 60, 1))
+    made.run()
+    busy = made.plans[1 : 1 + 60 // 7]
+    assert all(plan.work[0].num_tokens == 1 and plan.work[0].row == 0 for plan in busy)
+    assert all(plan.num_tokens > 4 for plan in busy)
+
+
+@in_flight
+def test_requests_are_served_as_they_come(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_seqs=2)
+    made.submit(*(request(f"r{n}", [2 + n] * 5, 3 + n, priority=-n) for n in range(5)))
+    made.run()
+    assert [admit.token_ids[0] for plan in made.plans for admit in plan.admits] == [2, 3, 4, 5, 6]
+
+
+@in_flight
+def test_the_smaller_priority_value_goes_first(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_seqs=1, policy="priority")
+    made.submit(*(request(f"r{n}", [2 + n] * 5, 3, priority=p) for n, p in enumerate([1, 2, 0, 1, -5])))
+    made.run()
+    assert [admit.token_ids[0] - 2 for plan in made.plans for admit in plan.admits] == [4, 2, 0, 3, 1]
+
+
+@in_flight
+def test_the_least_important_row_is_preempted(plans: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=12, policy="priority")
+    made.submit(request("low", [2] * 6, 30, priority=5))
+    made.step()
+    made.submit(request("high", [3] * 6, 30, priority=0))
+    made.run(300)
+    again = {admit.token_ids[0] for plan in made.plans for admit in plan.admits if len(admit.token_ids) > 6}
+    assert again == {2}
+
+
+@in_flight
+def test_an_urgent_prompt_goes_before_the_rest_of_a_long_one(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=8, policy="priority")
+    made.submit(request("long", [5] * 60, 1, priority=1))
+    made.step()
+    made.submit(request("urgent", [6] * 16, 1, priority=0))
+    made.run()
+    ends = {name: outcome.deltas[-1] for name, outcome in made.outcomes.items()}
+    assert set(ends) == {"long", "urgent"}
+    assert [work.row for plan in made.plans[1:3] for work in plan.work] == [1, 1]
+
+
+@in_flight
+def test_a_prompt_waits_until_all_of_it_fits(plans: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=16, caching=False)
+    made.submit(request("a", [2] * 20, 8), request("b", [3] * 44, 8))
+    made.run()
+    first, second = [plan.step_id for plan in made.plans for _ in plan.admits]
+    assert second - first >= 8
+    assert made.core.stats.num_preemptions == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# prefix cache
+
+
+@in_flight
+@pytest.mark.parametrize("budget", [512, 8192])
+def test_eight_equal_prompts_compute_their_prefix_once(plans: int, budget: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=600, block_size=16, max_model_len=8192,
+                 max_num_batched_tokens=budget)  # fmt: skip
+    prompt = [2 + i * i % (VOCAB - 2) for i in range(4096)]
+    made.submit(*(request(f"r{n}", prompt, 4) for n in range(8)))
+    outcomes = made.run()
+    assert {tuple(outcome.token_ids) for outcome in outcomes.values()} == {tuple(expected(prompt, 4))}
+    # Once the prompt, for the others the block that holds the last token, and three decoding steps each.
+    assert made.device.num_tokens_computed == 4096 + 7 * 16 + 8 * 3
+    assert made.core.stats.num_cache_hits == 7 * (4096 - 16)
+    assert made.core.stats.num_cache_queries == 8 * 4096
+    if budget == 8192:
+        assert len(made.plans[0].admits) == 8, "hits within the same step"
+
+
+@in_flight
+def test_equal_beginnings_are_computed_once(plans: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=200, max_num_batched_tokens=24)
+    system = [2 + i % 7 for i in range(64)]
+    made.submit(*(request(f"r{n}", [*system, 20 + n, *[30 + n] * n], 1) for n in range(8)))
+    made.run()
+    assert made.device.num_tokens_computed == 64 + sum(1 + n for n in range(8))
+
+
+@in_flight
+def test_a_prompt_under_way_skips_what_another_computed_meanwhile(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=8, policy="priority")
+    prompt = [2 + i % 9 for i in range(40)]
+    made.submit(request("late", prompt, 2, priority=1))
+    made.step()
+    made.submit(request("first", prompt, 2, priority=0))
+    made.run()
+    skips = [work.num_cached for plan in made.plans for work in plan.work if work.num_cached]
+    assert skips == [28]
+    assert made.outcomes["late"].token_ids == expected(prompt, 2)
+    assert made.outcomes["late"].deltas[0].num_cached_tokens == 28
+
+
+@in_flight
+def test_a_preempted_row_resumes_from_its_own_blocks(plans: int) -> None:
+    made = bench(num_blocks=12, plans_in_flight=plans)
+    made.submit(request("first", [2] * 8, 30), request("second", [3] * 8, 30))
+    made.run(300)
+    (again,) = [admit for plan in made.plans for admit in plan.admits if len(admit.token_ids) > 8]
+    assert again.num_computed > 0
+    assert made.outcomes["second"].deltas[0].num_cached_tokens == 0  # its own blocks are no hit
+    assert made.core.stats.num_cache_hits == 0
+
+
+@in_flight
+def test_reset_cache(plans: int) -> None:
+    made = bench(plans_in_flight=plans)
+    made.submit(request("a", PROMPT, 2))
+    made.run()
+    assert made.core.stats.num_cached_blocks > 0
+    made.core.reset_cache()
+    assert made.core.stats.num_cached_blocks == 0
+    made.submit(request("b", PROMPT, 2))
+    made.run()
+    assert made.core.stats.num_cache_hits == 0
+
+
+@in_flight
+@pytest.mark.parametrize("num_blocks", [9, 64])
+def test_prompt_logprobs_are_whole_and_in_order(plans: int, num_blocks: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=num_blocks, max_num_batched_tokens=8)
+    made.submit(request("other", [9] * 12, 20), request("a", [9] * 12, 12, prompt_logprobs=0, logprobs=1))
+    outcome = made.run()["a"]
+    first = outcome.deltas[0].prompt_logprobs
+    assert first is not None
+    assert [entry and entry.token_id for entry in first] == [None, *[9] * 11]
+    assert all(delta.prompt_logprobs is None for delta in outcome.deltas[1:])
+    assert [entry.token_id for delta in outcome.deltas for entry in delta.logprobs or ()] == outcome.token_ids
+    assert outcome.deltas[0].num_cached_tokens == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# failure
+
+
+@in_flight
+def test_a_failed_step_ends_its_rows_and_those_of_plans_in_flight(plans: int) -> None:
+    made = bench(plans_in_flight=plans, fail_steps={3}, max_num_batched_tokens=16)
+    made.submit(request("a", PROMPT, 50), request("b", [9, *PROMPT], 50))
+    made.run()
+    for outcome in made.outcomes.values():
+        assert outcome.last is not None and outcome.reason is FinishReason.ERROR
+        assert "step 3 is scripted to fail" in (outcome.last.error or "")
+        assert outcome.token_ids == expected(PROMPT if outcome is made.outcomes["a"] else [9, *PROMPT],
+                                             len(outcome.token_ids))  # fmt: skip
+    assert made.core.stats.num_failed_steps == 1
+    made.submit(request("c", PROMPT, 5))
+    assert made.run()["c"].token_ids == expected(PROMPT, 5)
+
+
+@in_flight
+def test_rows_and_waiting_requests_outside_the_plans_in_flight_survive(plans: int) -> None:
+    made = bench(plans_in_flight=plans, fail_steps={3}, max_num_seqs=2, max_num_batched_tokens=8, policy="priority")
+    made.submit(request("runs", [5] * 60, 8, priority=1))
+    made.step()
+    made.submit(request("fails", [6] * 40, 8), request("waits", PROMPT, 8, priority=2))
+    made.run()
+    assert [work.row for plan in made.plans[1:6] for work in plan.work] == [1] * 5
+    assert made.outcomes["fails"].reason is FinishReason.ERROR
+    assert made.outcomes["runs"].token_ids == expected([5] * 60, 8)
+    assert made.outcomes["waits"].token_ids == expected(PROMPT, 8)
+    assert made.core.stats.num_preemptions == 0
+
+
+@in_flight
+def test_a_failed_step_leaves_nothing_in_the_cache(plans: int) -> None:
+    made = bench(plans_in_flight=plans, fail_steps={0})
+    made.submit(request("a", PROMPT, 50), request("b", PROMPT, 50))
+    made.run()
+    assert made.core.stats.num_cached_blocks == 0
+    made.submit(request("c", PROMPT, 5))
+    assert made.run()["c"].token_ids == expected(PROMPT, 5)
+    assert made.outcomes["c"].deltas[0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("plans", [1, 2])
+def test_blocks_of_a_request_aborted_before_its_step_failed_are_forgotten(plans: int) -> None:
+    made = bench(plans_in_flight=plans, fail_steps={plans})
+    made.submit(request("other", [9, 9], 50))
+    for _ in range(plans):
+        made.step()
+    made.submit(request("a", PROMPT, 50))
+    made.step()  # issues the step that fails, lands an earlier one
+    made.core.abort(["a"])
+    made.run()
+    made.submit(request("b", PROMPT, 5))
+    assert made.run()["b"].token_ids == expected(PROMPT, 5)
+    assert made.outcomes["b"].deltas[0].num_cached_tokens == 0
+
+
+def test_a_result_of_another_step_is_an_error() -> None:
+    made = bench()
+    made.submit(request("a", PROMPT, 5))
+    plan = made.scheduler.schedule()
+    with pytest.raises(EngineError, match="Step 0 was due, the device answered step 7"):
+        made.scheduler.update(plan, StepResult(7, [], []))
+
+
+def test_a_missing_token_is_an_error() -> None:
+    made = bench()
+    made.submit(request("a", PROMPT, 5))
+    plan = made.scheduler.schedule()
+    with pytest.raises(EngineError, match="Step 0 gave no token for row 0"):
+        made.scheduler.update(plan, StepResult(0, [], []))
+
+
+def test_a_scheduler_that_plans_nothing_ends_the_engine_instead_of_spinning() -> None:
+    made = bench()
+    made.submit(request("a", PROMPT, 5))
+    made.scheduler.schedule = lambda: StepPlan(0, [], [], [])  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="plans none of them"):
+        made.core.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# refusal, statistics, speed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "message"),
+    [
+        ([], "prompt", "at least one token"),
+        ([2, VOCAB], "prompt", "between 0 and 63"),
+        ([-1], "prompt", "between 0 and 63"),
+        ([2] * 32, "prompt", "The prompt has 32 tokens; with room for one more the context holds 32."),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: list[int], param: str, message: str) -> None:
+    made = bench(num_blocks=8, max_model_len=100)
+    (answer,) = made.submit(request("a", prompt))
+    assert isinstance(answer, Refused)
+    assert (answer.param, answer.status) == (param, 400)
+    assert message in answer.message
+    assert not made.core.has_work
+    assert made.submit(request("a", [2] * 31)) == [Accepted("a")]
+    assert made.run(100)["a"].reason is FinishReason.LENGTH
+
+
+def test_an_id_runs_once_at_a_time() -> None:
+    made = bench()
+    assert made.submit(request("a", PROMPT)) == [Accepted("a")]
+    (answer,) = made.submit(request("a", PROMPT))
+    assert isinstance(answer, Refused) and answer.param == "request_id"
+    made.run()
+    assert made.submit(request("a", PROMPT)) == [Accepted("a")]
+
+
+def test_a_full_queue_refuses() -> None:
+    made = bench(max_queued=2, max_num_seqs=1)
+    answers = made.submit(*(request(f"r{n}", PROMPT) for n in range(3)))
+    assert [type(answer) for answer in answers] == [Accepted, Accepted, Refused]
+    assert isinstance(answers[2], Refused) and answers[2].status == 429
+    made.step()
+    assert made.submit(request("r3", PROMPT)) == [Accepted("r3")]
+
+
+def test_statistics() -> None:
+    made = bench(plans_in_flight=0, num_blocks=20, max_num_seqs=1)
+    made.submit(request("a", PROMPT, 4), request("b", PROMPT, 4))
+    made.step()
+    stats = made.core.stats
+    assert (stats.num_running, stats.num_waiting, stats.num_blocks) == (1, 1, 20)
+    assert (stats.num_free_blocks, stats.num_cached_blocks) == (17, 0)
+    assert (stats.last_step_tokens, stats.num_prompt_tokens, stats.num_generated_tokens) == (10, 10, 1)
+    made.run()
+    stats = made.core.stats
+    assert (stats.num_prompt_tokens, stats.num_generated_tokens, stats.num_steps) == (20, 8, 8)
+    assert stats.host_s > 0
+
+
+@in_flight
+def test_the_first_delta_says_how_long_it_took(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_seqs=1, step_s=0.002)
+    made.submit(request("a", PROMPT, 4), request("b", PROMPT, 4))
+    made.run()
+    first, second = made.outcomes["a"].deltas[0], made.outcomes["b"].deltas[0]
+    assert first.queued_s is not None and first.prefill_s is not None and second.queued_s is not None
+    assert first.prefill_s >= 0.002
+    assert second.queued_s >= first.queued_s + 0.006
+    assert all(delta.queued_s is None for delta in made.outcomes["a"].deltas[1:])
+
+
+def test_seeds_are_the_requests_own_or_drawn() -> None:
+    made = bench()
+    made.submit(request("a", PROMPT, seed=77), request("b", PROMPT), request("c", PROMPT))
+    made.run()
+    first, second, third = [admit.seed for plan in made.plans for admit in plan.admits]
+    assert first == 77
+    assert second != third
+
+
+def test_a_plan_is_not_changed_after_it_was_issued() -> None:
+    """The lists of a plan are its own: a request that grows does not reach into plans in flight."""
+    made = bench(plans_in_flight=2)
+    made.submit(request("a", PROMPT, 12))
+    made.step()
+    (admit,) = made.plans[0].admits
+    before = (list(admit.token_ids), list(admit.block_ids), list(made.plans[0].work[0].new_block_ids))
+    made.run()
+    assert before == (admit.token_ids, admit.block_ids, made.plans[0].work[0].new_block_ids)
+
+
+def test_rows_beyond_the_token_budget_are_not_used() -> None:
+    made = bench(from_function(lambda prompt, index: 2), max_num_batched_tokens=2, max_num_seqs=8)
+    made.submit(*(request(f"r{n}", [2 + n], 4) for n in range(4)))
+    made.run()
+    assert {work.row for plan in made.plans for work in plan.work} == {0, 1}
+    assert {len(plan.work) for plan in made.plans} == {2}
