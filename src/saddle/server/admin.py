@@ -37,7 +37,7 @@ def router(service: Service) -> APIRouter:
 
 
 def _add_health(admin: APIRouter, service: Service) -> None:
-    @admin.api_route("/", methods=["GET", "HEAD"])
+    @admin.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         return PlainTextResponse(WELCOME.format(version=VERSION, model=service.model_names[0]))
 
@@ -59,7 +59,8 @@ def _add_health(admin: APIRouter, service: Service) -> None:
         headers = {"Retry-After": str(reason.retry_after)} if reason.retry_after is not None else None
         return JSONReply(body, status_code=503, headers=headers)
 
-    admin.add_api_route("/ping", health, methods=["GET", "POST"], operation_id="ping")
+    admin.add_api_route("/ping", health, methods=["GET"], operation_id="ping")
+    admin.add_api_route("/ping", health, methods=["POST"], operation_id="ping_by_post")
 
     @admin.get("/version")
     async def version() -> Response:

@@ -14,7 +14,7 @@ from saddle.server import admin, openai, openai_text
 from saddle.server.bodies import read, takes
 from saddle.server.gate import Gate
 from saddle.server.openai_parts import TokenNames
-from saddle.server.replies import JSONReply, error_reply, request_error_reply
+from saddle.server.replies import JSONReply, error_reply, request_error_reply, sanitised
 from saddle.server.service import Service
 from saddle.server.sse import ClientGone, EventStream, GenerationFailed, collect, unless_gone
 from saddle.server.wire_openai import ChatBody, CompletionBody
@@ -26,7 +26,7 @@ STREAMED = {"description": "A JSON object, or server-sent events with `stream: t
 
 def build_app(service: Service, config: ServerConfig) -> FastAPI:
     """All routes of a server over one service."""
-    app = FastAPI(title="Saddle", version=VERSION, root_path=config.root_path, redoc_url=None)
+    app = FastAPI(title="Saddle", version=VERSION, redoc_url=None)
     app.include_router(admin.router(service))
     app.include_router(openai_router(service))
     app.add_middleware(Gate, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
@@ -76,7 +76,7 @@ def _add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(GenerationFailed)
     async def failed(request: Request, error: GenerationFailed) -> Response:
-        return error_reply(500, str(error))
+        return error_reply(500, sanitised(str(error)))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -10,18 +10,18 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
+from saddle.parsing.replay import ReplayStore
+from saddle.parsing.stream import StreamParser
+from saddle.parsing.tokenizer import Tokenizer
 
 from saddle.config import ServerConfig
 from saddle.engine.client import EngineClient, TokenStream
 from saddle.metrics import Metrics
 from saddle.parsing.events import Done, Event, Failed
-from saddle.parsing.replay import ReplayStore
-from saddle.parsing.stream import StreamParser
-from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats, FinishReason, SamplingParams, TokenDelta, TokenRequest, Usage
 from saddle.server.job import Job
 
@@ -147,7 +147,7 @@ class Generation:
 
     # events ------------------------------------------------------------------------------------------------------
 
-    async def events(self) -> AsyncIterator[tuple[int, list[Event]]]:
+    async def events(self) -> AsyncGenerator[tuple[int, list[Event]], None]:
         """(choice, its new events), until every choice has had its Done or Failed."""
         try:
             if len(self._choices) == 1:
@@ -164,7 +164,7 @@ class Generation:
         finally:
             self.close()
 
-    async def _merged(self) -> AsyncIterator[tuple[int, list[Event]]]:
+    async def _merged(self) -> AsyncGenerator[tuple[int, list[Event]], None]:
         """The choices' events in the order in which they come."""
         queue: asyncio.Queue[tuple[Choice, TokenDelta]] = asyncio.Queue()
 

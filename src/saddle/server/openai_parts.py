@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from saddle.parsing.tokenizer import Tokenizer
 
 from saddle.parsing.events import Done, Failed, Tokens
-from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import TokenLogprobs, Usage
 from saddle.server.job import Job
-from saddle.server.replies import encode_json, error_fields
+from saddle.server.replies import encode_json, error_fields, sanitised
 
 DONE_FRAME = b"data: [DONE]\n\n"
 FAILED_STATUS = 500
@@ -112,8 +112,9 @@ class ChunkFrame:
         return b'%b],"usage":%b}\n\n' % (self._before_choice, encode_json(usage))
 
 
-def error_frame(message: str, status: int = FAILED_STATUS, param: str | None = None) -> bytes:
-    return b"data: %b\n\n" % encode_json(error_fields(status, message, param))
+def error_frame(message: str) -> bytes:
+    """A failure in the middle of a stream, whose status was sent long ago."""
+    return b"data: %b\n\n" % encode_json(error_fields(FAILED_STATUS, sanitised(message)))
 
 
 class TokenNames:

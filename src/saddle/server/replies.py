@@ -43,8 +43,12 @@ class JSONReply(Response):
         return content if isinstance(content, bytes) else encode_json(content)
 
 
+def sanitised(message: str) -> str:
+    """The text of a failure without paths and addresses of this machine. Refusals are written by us and have none."""
+    return PRIVATE.sub("…", message)
+
+
 def error_fields(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    message = PRIVATE.sub("…", message)
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "…"
     return {"error": {"message": message, "type": KINDS.get(status, "APIError"), "param": param, "code": status}}

@@ -105,25 +105,26 @@ class HTTPServer(uvicorn.Server):
 
 
 def http_server(app: FastAPI, config: ServerConfig) -> HTTPServer:
+    """Raises StartupError when the TLS files cannot be read."""
+    settings = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=config.access_log,
+        server_header=False,
+        root_path=config.root_path,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs,
+        timeout_graceful_shutdown=int(LAST_WORDS_S),
+    )
     try:
-        return HTTPServer(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=config.access_log,
-                server_header=False,
-                root_path=config.root_path,
-                ssl_keyfile=config.ssl_keyfile,
-                ssl_certfile=config.ssl_certfile,
-                ssl_ca_certs=config.ssl_ca_certs,
-                timeout_graceful_shutdown=int(LAST_WORDS_S),
-            )
-        )
+        settings.load()
     except OSError as error:
-        raise StartupError(f"--ssl-certfile, --ssl-keyfile: {error}.") from None
+        raise StartupError(f"--ssl-certfile, --ssl-keyfile: {error.strerror or error}.") from None
+    return HTTPServer(settings)
 
 
 async def serve(

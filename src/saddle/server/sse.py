@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from saddle.parsing.events import Event, Failed
-from saddle.server.service import Generation
+from saddle.server.generation import Generation
 
 logger = logging.getLogger(__name__)
 
