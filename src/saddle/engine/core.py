@@ -88,13 +88,12 @@ class EngineCore:
     def submit(self, request: TokenRequest) -> None:
         """Take a request; `answers` says what became of it."""
         try:
-            self._scheduler.validate(request)
+            if request.request_id in self._compiling:
+                raise InvalidRequest(f"A request with the id {request.request_id!r} is running already.", "request_id")
             if request.grammar is None:
                 self._accept(request)
-            elif self._grammar is None:
-                raise InvalidRequest("This server was started without structured output.", "grammar")
             else:
-                self._compiling[request.request_id] = request, self._grammar.compile(request.grammar)
+                self._compile(request, request.grammar)
         except RequestError as error:
             self._refuse(request.request_id, error)
 
@@ -177,6 +176,12 @@ class EngineCore:
         self._scheduler.add(request)
         self._answers.append(Accepted(request.request_id))
 
+    def _compile(self, request: TokenRequest, spec: GrammarSpec) -> None:
+        if self._grammar is None:
+            raise InvalidRequest("This server was started without structured output.", "grammar")
+        self._scheduler.validate(request)
+        self._compiling[request.request_id] = request, self._grammar.compile(spec)
+
     def _refuse(self, request_id: str, error: RequestError) -> None:
         self._answers.append(Refused(request_id, error.message, error.param, error.status))
 
@@ -192,6 +197,9 @@ class EngineCore:
                 self._states[request_id] = state
             except RequestError as error:
                 self._refuse(request_id, error)
+            except Exception:
+                logger.exception("The grammar of request %s could not be compiled.", request_id)
+                self._refuse(request_id, InvalidRequest("The grammar could not be compiled.", "grammar"))
 
     def _forget(self, request_id: str) -> None:
         compiling = self._compiling.pop(request_id, None)

@@ -173,7 +173,7 @@ def bench(
 class EvenGrammar:
     """A small grammar: while it binds only even ids may come. It binds after `spec.after_token_id`, or at once.
 
-    `spec.source` may ask for a fault: "refuse", "break fill", "break accept"; compiling ends when `release` is
+    `spec.source` may ask for a fault: "refuse", "break compile", "break fill", "break accept"; compiling ends when `release` is
     called if it is "slow".
     """
 
@@ -186,6 +186,8 @@ class EvenGrammar:
         future: Future[Any] = Future()
         if spec.source == "slow":
             self.slow.append((future, spec))
+        elif spec.source == "break compile":
+            future.set_exception(RuntimeError("out of luck"))
         elif spec.source == "refuse":
             future.set_exception(InvalidRequest("The grammar is wrong.", "response_format"))
         else:

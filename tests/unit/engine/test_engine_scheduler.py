@@ -400,7 +400,7 @@ def test_rows_and_waiting_requests_outside_the_plans_in_flight_survive(plans: in
     made.step()
     made.submit(request("fails", [6] * 40, 8), request("waits", PROMPT, 8, priority=2))
     made.run()
-    assert [work.row for plan in made.plans[1:6] for work in plan.work] == [1] * 5
+    assert {work.row for plan in made.plans[1 : 4 + plans] for work in plan.work} == {1}
     assert made.outcomes["fails"].reason is FinishReason.ERROR
     assert made.outcomes["runs"].token_ids == expected([5] * 60, 8)
     assert made.outcomes["waits"].token_ids == expected(PROMPT, 8)
