@@ -1,0 +1,117 @@
+"""The composition root: the only place that knows which parts make a server, and builds them.
+
+    serve()          API process: tokenizer, renderer, engine client, service, HTTP application
+      build_core()   engine process: runner, executor, scheduler, core
+
+Nothing here loads torch before `build_core` runs, so the port opens in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from saddle.config import EngineConfig, ServerConfig
+from saddle.engine.client import EngineClient
+from saddle.engine.core import EngineCore
+from saddle.engine.process import BuildCore
+from saddle.engine.scheduler import Scheduler
+from saddle.executor.base import DeviceInfo, ProgressFn
+from saddle.metrics import Metrics
+from saddle.model.config import GenerationConfig
+from saddle.model.source import resolve_model
+from saddle.parsing.render import Renderer
+from saddle.parsing.replay import ReplayStore
+from saddle.parsing.tokenizer import Tokenizer
+from saddle.server import serve as http
+from saddle.server.app import build_app
+from saddle.server.defaults import sampling_defaults
+from saddle.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+DEMO_NAME = "saddle-demo"
+DEFAULT_IDENTITY = "You are a helpful assistant."
+PIECE_CACHE_BYTES = 64 << 20
+
+
+def demo_model_path() -> Path:
+    """Folder of the bundled demo checkpoint."""
+    return Path(__file__).parent / "demo_model"
+
+
+def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> tuple[EngineCore, DeviceInfo]:
+    """Load the model of `folder` and return a core that takes requests, with what was found on the way.
+
+    Raises:
+        StartupError: it cannot start on this machine; the message says what would.
+    """
+    from saddle.executor.inproc import InprocExecutor
+    from saddle.runner.runner import Runner
+
+    executor = InprocExecutor(Runner(config, folder), config.scheduler.plans_in_flight)
+    info = executor.start(on_progress)
+    scheduler = Scheduler(
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        eos_ids=GenerationConfig.load(folder).eos_ids,
+        policy=config.scheduler.policy,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        max_num_queued=config.scheduler.max_num_queued_reqs,
+    )
+    return EngineCore(executor, scheduler, config.scheduler.plans_in_flight), info
+
+
+def model_names(engine: EngineConfig, server: ServerConfig) -> tuple[str, ...]:
+    """The names that requests may give; the first one is echoed."""
+    if server.served_model_names:
+        return server.served_model_names
+    return (DEMO_NAME,) if engine.load.model == str(demo_model_path()) else (engine.load.model,)
+
+
+def template_text(chat_template: str | None) -> str | None:
+    """`--chat-template`: the path of a file, or the template itself."""
+    if chat_template is None or "{" in chat_template:
+        return chat_template
+    return Path(chat_template).read_text()
+
+
+def build_renderer(tokenizer: Tokenizer, chat_template: str | None, replay: ReplayStore) -> Renderer:
+    """The renderer of a checkpoint: its own template, or the one asked for, or Saddle's."""
+    return Renderer(
+        tokenizer,
+        template_text(chat_template) or tokenizer.chat_template,
+        tokenizer.model_identity or DEFAULT_IDENTITY,
+        replay,
+        PIECE_CACHE_BYTES,
+    )
+
+
+def serve(engine: EngineConfig, server: ServerConfig, build: BuildCore | None = None) -> int:
+    """Serve until a signal or the end of the engine; returns the exit code of the process.
+
+    Args:
+        build: what the engine process runs, for tests that put another device behind the server.
+
+    Raises:
+        StartupError: it cannot start; the message says what would.
+    """
+    folder = resolve_model(engine.load.model, engine.load.revision, engine.load.download_dir)
+    tokenizer = Tokenizer.load(Path(engine.load.tokenizer) if engine.load.tokenizer else folder)
+    defaults = sampling_defaults(folder, server)
+    replay = ReplayStore(server.replay_bytes)
+    renderer = build_renderer(tokenizer, server.chat_template, replay)
+    names = model_names(engine, server)
+    sock = http.listen(server)
+
+    async def main() -> int:
+        client = await EngineClient.start(build or functools.partial(build_core, engine, folder))
+        metrics = Metrics(names[0], vllm_names=server.vllm_metric_names)
+        service = Service(client, tokenizer, renderer, replay, server, metrics, model_names=names, defaults=defaults)
+        return await http.serve(build_app(service, server), service, client, server, sock)
+
+    return http.run(main())
