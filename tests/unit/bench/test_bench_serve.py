@@ -158,6 +158,9 @@ def test_flags_become_the_spec(tmp_path: Path) -> None:
     (["--header", "nothing"], "--header"),
     (["--extra-body", "[1]"], "--extra-body"),
     (["--ramp-up-strategy", "linear"], "--ramp-up-start-rps"),
+    (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-end-rps", "2", "--request-rate", "3"],
+     "no --request-rate"),
+    (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "-1", "--ramp-up-end-rps", "2"], "above 0"),
 ])  # fmt: skip
 def test_bad_flags(argv: list[str], message: str) -> None:
     with pytest.raises(StartupError, match=message):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from saddle.bench.workload import LocalCodec, RandomSpec, ServerCodec, due_times, random_prompts
+from saddle.bench.workload import LocalCodec, RandomSpec, ServerCodec, due_times, fit, plain_ids, random_prompts
 from saddle.errors import StartupError
 
 SPECIALS = ["]~b]", "[e~[", "<think>"]
@@ -75,6 +75,15 @@ async def test_without_local_tokenizer(scripted: Callable[..., Any]) -> None:
     server.tokenizes = False
     with pytest.raises(StartupError, match="--tokenizer"):
         await prompts(server, RandomSpec(num_prompts=3), None)
+
+
+async def test_fit_does_not_cut_through_characters(tokenizer_file: Path) -> None:
+    """Two tokens make an e with an accent: cut to an odd count, the half grows back as a replacement character."""
+    codec = LocalCodec(tokenizer_file)
+    ids = await codec.encode("\u00e9" * 4)
+    assert len(ids) == 8
+    text, count = await fit(codec, ids, 5, await plain_ids(codec), np.random.default_rng(0))
+    assert (count, len(await codec.encode(text)), text[:1]) == (5, 5, "\u00e9")
 
 
 @pytest.mark.parametrize(("fields", "flag"), [

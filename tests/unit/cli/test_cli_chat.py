@@ -17,6 +17,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from saddle.cli import chat
+
 ANSWER = [{"role": "assistant", "content": ""}, {"reasoning": "let me ", "reasoning_content": "let me "},
           {"reasoning_content": "see [x]"}, {"content": "\n\nIt is "}, {"content": ":smile:\t4."}]  # fmt: skip
 CALL = [
@@ -27,7 +29,8 @@ CALL = [
 
 
 class Server:
-    """Answers the n-th request with the n-th script: deltas, an int for a status, None to hang."""
+    """Answers the n-th request with the n-th script: deltas, None to hang, "stop" to end without [DONE], "finish" for a
+    finish reason; an int instead of a script is a status."""
 
     def __init__(self) -> None:
         self.scripts: list[Any] = []
@@ -52,7 +55,11 @@ class Server:
                     await asyncio.sleep(20)
                 finally:
                     self.gone.set()
-            event = delta if "error" in delta else {"choices": [{"index": 0, "delta": delta}]}
+            elif "stop" in delta:
+                return response
+            finish = delta.pop("finish", None)
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            event = delta if "error" in delta else {"choices": [choice]}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -119,6 +126,7 @@ async def test_conversation_keeps_thinking_and_tools(server: Server, tmp_path: P
         {"role": "tool", "tool_call_id": "c1", "content": "5"},
     ]  # fmt: skip
     assert server.bodies[3]["messages"] == [{"role": "user", "content": "again"}]
+    assert len(server.bodies) == 4  # nothing after /exit
     assert all(body["tools"] == tools and body["model"] == "x" for body in server.bodies)
 
 
@@ -164,6 +172,40 @@ async def test_unanswered_tool_call(server: Server) -> None:
     server.scripts = [CALL]
     out, _, code = await talk("add\n", "--url", server.url)
     assert (out, code, len(server.bodies)) == ("", 0, 1)
+
+
+def test_interrupt_instead_of_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that the user does not answer are answered for him, so that the history stays whole."""
+    typed = iter(["5"])
+
+    def ask(prompt: str) -> str:
+        for line in typed:
+            return line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "_ask", ask)
+    talk = chat.Chat(None, "", "m", None, {}, None)  # type: ignore[arg-type]
+    calls = [chat.Call("c1", "add", "{}"), chat.Call("c2", "add", "{}")]
+    talk.history.append(chat.Turn(calls=calls).message())
+    assert chat._answer_calls(None, talk, calls) is None  # type: ignore[arg-type]
+    assert [(m["tool_call_id"], m["content"]) for m in talk.history[1:]] == [
+        ("c1", "5"), ("c2", "The user did not run this tool."),
+    ]  # fmt: skip
+
+
+async def test_cut_off_call(server: Server) -> None:
+    server.scripts = [[*CALL[:2], {"finish": "length"}]]
+    _, err, code = await talk("", "add", "--url", server.url)
+    assert code == 0
+    assert '{"a":' in err
+    assert "[the answer was cut off by the token limit]" in err
+
+
+async def test_stream_without_an_end(server: Server) -> None:
+    server.scripts = [[{"content": "a"}, {"stop": "here"}]]
+    out, err, code = await talk("", "add", "--url", server.url)
+    assert (out, code) == ("a\n", 1)
+    assert err.endswith("broke off: the stream ended without [DONE]\n")
 
 
 async def test_terminal(server: Server) -> None:

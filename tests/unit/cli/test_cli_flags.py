@@ -127,6 +127,7 @@ def test_config_file(tmp_path: Path) -> None:
     ("- a", "must hold `name: value` lines, holds a list"),
     ("a: [", "cannot read it as YAML"),
     ("enable_cache: 3", "--enable-cache must be true or false, got 3"),
+    ("names: [a, --zzz]", "cannot use --zzz"),
     ("max-num-seqs: [1]", "--max-num-seqs takes one value, got [1]"),
     ("max-num-seqs: x", "argument --max-num-seqs: invalid int value: 'x'"),
 ])  # fmt: skip
