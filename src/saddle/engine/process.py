@@ -84,10 +84,15 @@ class Child:
         """Remove the socket's file; connections that exist stay."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """For an interpreter that exits without `stop`: it would wait for the engine, for ever."""
+        self.process.kill()
+        self.hide_socket()
+
     def close(self) -> int | None:
         """Give everything back after the process ended. Returns its exit code."""
         self.process.join()
-        atexit.unregister(self.process.kill)
+        atexit.unregister(self.abandon)
         self.socket.close()
         self.context.term()
         self.hide_socket()
@@ -120,9 +125,9 @@ def spawn(build: BuildCore, name: str) -> Child:
         context.term()
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    # Leaving the interpreter without `stop` must not wait for the engine.
-    atexit.register(process.kill)
-    return Child(process, context, socket, folder)
+    child = Child(process, context, socket, folder)
+    atexit.register(child.abandon)
+    return child
 
 
 # ---------------------------------------------------------------------------------------------------------------

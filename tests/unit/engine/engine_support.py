@@ -173,8 +173,8 @@ def bench(
 class EvenGrammar:
     """A small grammar: while it binds only even ids may come. It binds after `spec.after_token_id`, or at once.
 
-    `spec.source` may ask for a fault: "refuse", "break compile", "break fill", "break accept"; compiling ends when `release` is
-    called if it is "slow".
+    `spec.source` may ask for a fault: "refuse", "break compile", "break fill", "break accept"; if it is "slow",
+    compiling ends when `release` is called.
     """
 
     def __init__(self) -> None:
