@@ -129,7 +129,7 @@ async def random_prompts(spec: RandomSpec, local: LocalCodec | None, server: Ser
     try:
         pool = await codec.vocabulary()
         filler = await plain_ids(codec)
-    except aiohttp.ClientError as error:
+    except (aiohttp.ClientError, KeyError, ValueError) as error:
         raise StartupError(
             f"No tokenizer.json was found here and the server does not tokenize ({error}); give --tokenizer FOLDER."
         ) from None
@@ -179,13 +179,8 @@ async def align(
 ) -> list[Prompt]:
     """Give the prompts their lengths by the server's count; a server that cannot tell keeps them as they are."""
     slots = asyncio.Semaphore(PARALLEL_ALIGNMENTS)
-    try:
-        filler = await plain_ids(server)
-    except (aiohttp.ClientError, KeyError, ValueError) as error:
-        logger.warning("the server does not tokenize (%s): prompt lengths are those of the local tokenizer", error)
-        return prompts
 
-    async def one(prompt: Prompt, target: int) -> Prompt:
+    async def one(prompt: Prompt, target: int, filler: Ids) -> Prompt:
         async with slots:
             ids = await server.encode(prompt.text)
             if len(ids) == target:
@@ -193,7 +188,13 @@ async def align(
             text, count = await fit(server, ids, target, filler, rng)
             return Prompt(text, count, prompt.output_len)
 
-    return list(await asyncio.gather(*(one(prompt, target) for prompt, target in zip(prompts, targets, strict=True))))
+    try:
+        filler = await plain_ids(server)
+        work = (one(prompt, target, filler) for prompt, target in zip(prompts, targets, strict=True))
+        return list(await asyncio.gather(*work))
+    except (aiohttp.ClientError, KeyError, ValueError) as error:
+        logger.warning("the server does not tokenize (%s): prompt lengths are those of the local tokenizer", error)
+        return prompts
 
 
 def due_times(
