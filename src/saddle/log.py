@@ -40,3 +40,5 @@ def setup(level: str = "INFO") -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    # What uvicorn says about its own start and end, Saddle says better.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

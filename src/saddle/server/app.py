@@ -80,8 +80,10 @@ def _add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        what = f"{request.method} {request.url.path}: {error.detail}." if error.status_code in (404, 405) else error.detail
-        return error_reply(error.status_code, what, headers=error.headers)
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path[:200]}: {message}."
+        return error_reply(error.status_code, message, headers=error.headers)
 
     @app.exception_handler(ClientGone)
     @app.exception_handler(ClientDisconnect)
