@@ -181,10 +181,11 @@ def test_bad_report_flags(argv: list[str], message: str) -> None:
 
 def test_guide_command() -> None:
     """The benchmark command of vLLM's M2 guide, abbreviations included."""
-    spec = bench.to_spec(given(*(
+    guide = (
         "--backend vllm --model MiniMaxAI/MiniMax-M2 --endpoint /v1/completions --dataset-name random "
         "--random-input 2048 --random-output 1024 --max-concurrency 10 --num-prompt 100 --trust-remote-code"
-    ).split()))  # fmt: skip
+    )
+    spec = bench.to_spec(given(*guide.split()))
     assert (spec.model, spec.tokenizer, spec.api) == ("MiniMaxAI/MiniMax-M2", None, "completions")
     assert spec.dataset == RandomSpec(num_prompts=100, input_len=2048, output_len=1024)
     assert spec.max_concurrency == 10
