@@ -208,6 +208,7 @@ SERVER = (
     absent("--log-config-file", "records go to standard error in one format", "str", ()),
     ignored("--disable-log-stats", "counters cost microseconds a step, and /metrics needs them", "bool"),
     ignored("--aggregate-engine-logging", "there is one engine to log", "bool"),
+    ignored("--disable-log-requests", "requests are logged with --enable-log-requests alone", "bool"),
     absent("--enable-log-outputs", "this version logs requests, not answers"),
     ignored("--enable-log-deltas", "this version logs requests, not answers", "bool"),
     ignored("--max-log-len", "the log shows parameters and lengths of requests, no text", "int"),
