@@ -82,7 +82,7 @@ class FakeExecutor:
 
     Args:
         script: what rows sample.
-        num_blocks, block_size, max_model_len, vocab_size: what `start` reports.
+        num_blocks, block_size, max_model_len, max_num_seqs, max_num_batched_tokens, vocab_size: what `start` reports.
         step_s: seconds that a step takes, or a function of its plan; steps run one after the other.
         fail_steps: ids of steps that fail; asked when a step runs, so that it may be changed until then.
         verify: check every plan and the content of every block read; the cost grows with the context.
@@ -100,6 +100,8 @@ class FakeExecutor:
         num_blocks: int,
         block_size: int = 16,
         max_model_len: int = 4096,
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
         vocab_size: int = 256,
         step_s: float | Callable[[StepPlan], float] = 0.0,
         fail_steps: Collection[int] = (),
@@ -110,6 +112,8 @@ class FakeExecutor:
             num_blocks=num_blocks,
             block_size=block_size,
             max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             vocab_size=vocab_size,
             lines=[f"The device answers from a script, with {num_blocks} blocks of {block_size} tokens."],
         )
