@@ -16,7 +16,7 @@ from saddle.server.gate import Gate
 from saddle.server.openai_parts import TokenNames
 from saddle.server.replies import JSONReply, error_reply, request_error_reply, sanitised
 from saddle.server.service import Service
-from saddle.server.sse import ClientGone, EventStream, GenerationFailed, collect, unless_gone
+from saddle.server.sse import ClientGone, EventStream, GenerationFailed, unless_gone, whole
 from saddle.server.wire_openai import ChatBody, CompletionBody
 from saddle.version import VERSION
 
@@ -50,7 +50,7 @@ def openai_router(service: Service) -> APIRouter:
         if asked.stream:
             encoder = openai.ChatStream(asked, names, generation.prompts, config.reasoning_field)
             return EventStream(generation, encoder, config.sse_keep_alive_s)
-        choices = await unless_gone(request.receive, collect(generation))
+        choices = await whole(request.receive, generation)
         return JSONReply(openai.to_response(asked, names, generation.prompts, choices, config.reasoning_field))
 
     @router.post("/v1/completions", responses={200: STREAMED}, openapi_extra=takes(CompletionBody))
@@ -63,7 +63,7 @@ def openai_router(service: Service) -> APIRouter:
         if asked.stream:
             encoder = openai_text.TextStream(asked, names, generation.prompts, echoes)
             return EventStream(generation, encoder, config.sse_keep_alive_s)
-        choices = await unless_gone(request.receive, collect(generation))
+        choices = await whole(request.receive, generation)
         return JSONReply(openai_text.to_response(asked, names, generation.prompts, choices, echoes))
 
     return router

@@ -20,7 +20,7 @@ from saddle.parsing.tokenizer import Tokenizer
 
 from saddle.config import ServerConfig
 from saddle.engine.client import EngineClient
-from saddle.errors import ContextTooLong, InvalidRequest, Overloaded, Unavailable
+from saddle.errors import ContextTooLong, InvalidRequest, Overloaded, RequestError, Unavailable
 from saddle.metrics import Metrics
 from saddle.protocol import SamplingParams
 from saddle.server.generation import Backend, Generation
@@ -135,13 +135,20 @@ class Service:
             prompts = [_cut(job, await self.encode(prompt)) for prompt in job.prompts]
             params = [self._fit(job.params, ids, facts.max_model_len) for ids in prompts]
             generation = Generation(self._backend, job, prompts, arrival_s, self._forget)
-            await generation.submit(params)
+            await self._submit(generation, params)
             self._live.add(generation)
         finally:
             self._change_opening(-1)
         if self.config.log_requests:
             logger.info("%s: prompts of %s tokens, %s", job.request_id, [len(ids) for ids in prompts], params[0])
         return generation
+
+    async def _submit(self, generation: Generation, params: list[SamplingParams]) -> None:
+        try:
+            await generation.submit(params)
+        except RequestError:
+            self._reject("engine")
+            raise
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Rendering and encoding run on a thread.

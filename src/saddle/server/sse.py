@@ -68,12 +68,20 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
                 await asyncio.wait({running})
 
 
-async def collect(generation: Generation) -> list[list[Event]]:
+async def whole(receive: Receive, generation: Generation) -> list[list[Event]]:
     """All events of every choice, for an answer in one piece.
 
     Raises:
-        GenerationFailed: a choice ended in Failed.
+        ClientGone: nobody waits any more; the generation was aborted.
+        GenerationFailed: a choice ended in Failed; the others were aborted.
     """
+    try:
+        return await unless_gone(receive, _collect(generation))
+    finally:
+        generation.close()
+
+
+async def _collect(generation: Generation) -> list[list[Event]]:
     choices: list[list[Event]] = [[] for _ in range(generation.num_choices)]
     async with contextlib.aclosing(generation.events()) as batches:
         async for index, events in batches:
