@@ -10,6 +10,8 @@ selection bias), the kernel that does it says so.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -69,7 +71,7 @@ class MiniMaxM2:
         bounds = inputs.row_bounds
         if bounds is None:
             starts = inputs.query_starts.tolist()
-            lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+            lengths = [stop - start for start, stop in itertools.pairwise(starts)]
             bounds = list(zip(lengths, inputs.context_lens.tolist(), strict=True))
         starts, total = [], 0
         for length, _ in bounds:

@@ -29,6 +29,7 @@ INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 OPTIONAL = re.compile(r"\.(k_scale|v_scale|input_scale)$")
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 NUM_READERS = 2
+PLAIN = (torch.bfloat16, torch.float32)
 Report = Callable[[float, str], None]  # share done from 0 to 1, note
 
 
@@ -149,7 +150,7 @@ def _layer_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer
     hidden, dim, whole = config.hidden_size, config.head_dim, Slice(0, config.hidden_size)
     heads, kv_heads = layout.query_heads(config.num_heads), layout.kv_heads(config.num_kv_heads)
     q, kv = Slice(heads.start * dim, heads.stop * dim), Slice(kv_heads.start * dim, kv_heads.stop * dim)
-    q_rows, k_rows, v_rows = layer.qkv.split([q.size, kv.size, kv.size])
+    q_rows, k_rows, v_rows = torch.split(layer.qkv, [q.size, kv.size, kv.size])
     attention, moe = prefix + "self_attn.", prefix + "block_sparse_moe."
     experts = Slice(0, config.num_experts)
     found = {
@@ -167,7 +168,7 @@ def _layer_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer
     width, full = layout.expert_width(config.intermediate_size), config.intermediate_size
     mine = layout.experts(config.num_experts)
     for index in range(mine.start, mine.stop):
-        w1, w3 = layer.w13[index - mine.start].split([width.size, width.size])
+        w1, w3 = torch.split(layer.w13[index - mine.start], [width.size, width.size])
         expert = f"{moe}experts.{index}."
         found[expert + "w1.weight"] = Target((full, hidden), (width, whole), w1, True)
         found[expert + "w3.weight"] = Target((full, hidden), (width, whole), w3, True)
@@ -296,7 +297,7 @@ def fill(name: str, target: Target, read: Callable[[str], torch.Tensor], config:
             raise CheckpointError(f"{scale_name} must have shape {expected}, got {list(scale.shape)}.")
         target.into.copy_(dequantise(*form.cut(tensor, scale, *target.parts)))
         return size + scale.numel() * 4
-    _expect_dtype(name, tensor, *((torch.float32, torch.bfloat16) if target.widens else (torch.bfloat16, torch.float32)))
+    _expect_dtype(name, tensor, *PLAIN[:: -1 if target.widens else 1])
     target.into.copy_(tensor[tuple(slice(part.start, part.stop) for part in target.parts)])
     return size
 
