@@ -3,33 +3,28 @@
     serve()          API process: tokenizer, renderer, engine client, service, HTTP application
       build_core()   engine process: runner, executor, scheduler, core
 
-Nothing here loads torch before `build_core` runs, so the port opens in a fraction of a second.
+Each process imports what it runs and no more, inside its function: torch is loaded by the engine process alone, the
+HTTP application by the API process alone. So the port opens in a fraction of a second.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from saddle.config import EngineConfig, ServerConfig
-from saddle.engine.client import EngineClient
 from saddle.engine.core import EngineCore
 from saddle.engine.process import BuildCore
-from saddle.engine.scheduler import Scheduler
+from saddle.engine.scheduler import Limits, Scheduler
 from saddle.executor.base import DeviceInfo, ProgressFn
-from saddle.metrics import Metrics
 from saddle.model.config import GenerationConfig
 from saddle.model.source import resolve_model
-from saddle.parsing.render import Renderer
-from saddle.parsing.replay import ReplayStore
-from saddle.parsing.tokenizer import Tokenizer
-from saddle.server import serve as http
-from saddle.server.app import build_app
-from saddle.server.defaults import sampling_defaults
-from saddle.server.service import Service
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from saddle.parsing.render import Renderer
+    from saddle.parsing.replay import ReplayStore
+    from saddle.parsing.tokenizer import Tokenizer
 
 DEMO_NAME = "saddle-demo"
 DEFAULT_IDENTITY = "You are a helpful assistant."
@@ -52,17 +47,18 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
 
     executor = InprocExecutor(Runner(config, folder), config.scheduler.plans_in_flight)
     info = executor.start(on_progress)
-    scheduler = Scheduler(
+    limits = Limits(
         num_blocks=info.num_blocks,
         block_size=info.block_size,
+        vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
-        eos_ids=GenerationConfig.load(folder).eos_ids,
         policy=config.scheduler.policy,
         enable_prefix_caching=config.cache.enable_prefix_caching,
-        max_num_queued=config.scheduler.max_num_queued_reqs,
+        max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
     )
+    scheduler = Scheduler(limits, GenerationConfig.load(folder).eos_ids)
     return EngineCore(executor, scheduler, config.scheduler.plans_in_flight), info
 
 
@@ -82,6 +78,8 @@ def template_text(chat_template: str | None) -> str | None:
 
 def build_renderer(tokenizer: Tokenizer, chat_template: str | None, replay: ReplayStore) -> Renderer:
     """The renderer of a checkpoint: its own template, or the one asked for, or Saddle's."""
+    from saddle.parsing.render import Renderer
+
     return Renderer(
         tokenizer,
         template_text(chat_template) or tokenizer.chat_template,
@@ -100,6 +98,15 @@ def serve(engine: EngineConfig, server: ServerConfig, build: BuildCore | None = 
     Raises:
         StartupError: it cannot start; the message says what would.
     """
+    from saddle.engine.client import EngineClient
+    from saddle.metrics import Metrics
+    from saddle.parsing.replay import ReplayStore
+    from saddle.parsing.tokenizer import Tokenizer
+    from saddle.server import serve as http
+    from saddle.server.app import build_app
+    from saddle.server.defaults import sampling_defaults
+    from saddle.server.service import Service
+
     folder = resolve_model(engine.load.model, engine.load.revision, engine.load.download_dir)
     tokenizer = Tokenizer.load(Path(engine.load.tokenizer) if engine.load.tokenizer else folder)
     defaults = sampling_defaults(folder, server)

@@ -19,6 +19,7 @@ Glossary
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import Enum
 
 import msgspec
@@ -266,6 +267,24 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[RowPromptLogprobs]
     error: str | None = None
     device_s: float = 0.0
+
+
+ProgressFn = Callable[[str, float, str], None]  # phase, share from 0 to 1, note
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What start-up of the devices found and decided; the scheduler is built from it.
+
+    lines   what was loaded, measured and chosen, one sentence each with its reason, printed once
+    """
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    lines: list[str] = []
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,27 +6,11 @@ thread of the engine process), `fake` (answers from a script, one step late), la
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from saddle.protocol import StepMask, StepPlan, StepResult
+from saddle.protocol import DeviceInfo, ProgressFn, StepMask, StepPlan, StepResult
 
-ProgressFn = Callable[[str, float, str], None]  # phase, share from 0 to 1, note
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceInfo:
-    """What an executor found and decided while starting; the scheduler is built from it.
-
-    lines   what was loaded, measured and chosen, one sentence each with its reason, printed once
-    """
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    vocab_size: int
-    lines: list[str] = field(default_factory=list)
+__all__ = ["DeviceInfo", "Executor", "ProgressFn"]
 
 
 class Executor(Protocol):

@@ -1,0 +1,83 @@
+"""One device in the engine's own process.
+
+With plans in flight the runner works in a thread, so that the next plan is built while this one computes (torch
+releases the interpreter's lock inside its operations). Without, it runs in the caller.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from saddle.errors import EngineError
+from saddle.executor.base import DeviceInfo, ProgressFn
+from saddle.protocol import StepMask, StepPlan, StepResult
+
+
+class Device(Protocol):
+    """What runs here: `runner.Runner`."""
+
+    def load(self, on_progress: ProgressFn) -> DeviceInfo: ...
+    def forward(self, plan: StepPlan) -> None: ...
+    def sample(self, step_id: int, mask: StepMask | None) -> StepResult: ...
+
+
+class InprocExecutor:
+    """An `Executor` over one device.
+
+    Args:
+        plans_in_flight: 0 computes in the caller's thread.
+    """
+
+    def __init__(self, device: Device, plans_in_flight: int) -> None:
+        self._device = device
+        self._jobs: queue.SimpleQueue[Callable[[], StepResult | None] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="device", daemon=True) if plans_in_flight else None
+
+    def start(self, on_progress: ProgressFn) -> DeviceInfo:
+        info = self._device.load(on_progress)
+        if self._thread is not None:
+            self._thread.start()
+        return info
+
+    def forward(self, plan: StepPlan) -> None:
+        self._do(lambda: self._device.forward(plan))
+
+    def sample(self, step_id: int, mask: StepMask | None) -> None:
+        self._do(lambda: self._device.sample(step_id, mask))
+
+    def collect(self, timeout_s: float | None) -> StepResult | None:
+        try:
+            result = self._results.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(result, BaseException):
+            raise EngineError(str(result)) from result
+        return result
+
+    def stop(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _do(self, job: Callable[[], StepResult | None]) -> None:
+        if self._thread is None:
+            self._run(job)
+        else:
+            self._jobs.put(job)
+
+    def _run(self, job: Callable[[], StepResult | None]) -> None:
+        try:
+            result = job()
+        except BaseException as error:
+            self._results.put(error)
+            return
+        if result is not None:
+            self._results.put(result)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._run(job)

@@ -1,0 +1,257 @@
+"""One device's work: load the model, then run plans, two launches a step.
+
+`forward(plan)` admits rows, makes the inputs and computes logits; `sample(step_id, mask)` draws the ids and returns
+them. A step that fails returns its error and leaves the other rows as they are; an error of the GPU itself ends the
+process, since nothing after it can be trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saddle.config import Decision, EngineConfig
+from saddle.errors import EngineError, StartupError
+from saddle.model import weights as loading
+from saddle.model.config import GenerationConfig, ModelConfig
+from saddle.model.m2 import MiniMaxM2
+from saddle.parallel.layout import ParallelLayout
+from saddle.plan import memory
+from saddle.protocol import (
+    DeviceInfo,
+    ProgressFn,
+    RowAdmit,
+    RowPromptLogprobs,
+    RowWork,
+    SamplingParams,
+    StepMask,
+    StepPlan,
+    StepResult,
+)
+from saddle.runner import batch as batching
+from saddle.runner.rows import Rows
+from saddle.runner.sampler import Sampler, score, to_logprobs
+
+KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DEFAULTS = {"cpu": (16, 32, 512), "cuda": (64, 256, 8192)}  # block size, rows, tokens a step
+GPU_STEP_BYTES = 2 << 30
+
+
+@dataclass(slots=True)
+class Pending:
+    """A step between its two launches."""
+
+    plan: StepPlan
+    began_s: float
+    batch: batching.Batch | None = None
+    logits: torch.Tensor | None = None
+    error: str | None = None
+
+
+class Runner:
+    """One device. `load` first, then `forward` and `sample` in turn.
+
+    Args:
+        folder: of the checkpoint.
+        num_valid_tokens: ids that the tokenizer knows; the rest of the embedding is padding. None: all are valid.
+    """
+
+    def __init__(self, config: EngineConfig, folder: Path, num_valid_tokens: int | None = None) -> None:
+        self._config = config
+        self._folder = folder
+        self._num_valid_tokens = num_valid_tokens
+        self._pending: dict[int, Pending] = {}
+        self._model: MiniMaxM2
+        self._kv: torch.Tensor
+        self._rows: Rows
+        self._sampler: Sampler
+
+    # start -------------------------------------------------------------------------------------------------------
+
+    def load(self, on_progress: ProgressFn) -> DeviceInfo:
+        """Load, allocate, warm up.
+
+        Raises:
+            StartupError: with what would work.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        decisions = [_device_decision(device)]
+        if device.type == "cpu":
+            decisions.append(_set_threads())
+        shape = ModelConfig.load(self._folder, self._config.load.hf_overrides)
+        dtype, why = loading.dtype_of(self._config.load.dtype, device)
+        decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
+        model_weights = loading.allocate(shape, ParallelLayout(), dtype, device)
+        lines = [self._fill(shape, model_weights, on_progress)]
+
+        block_size, num_rows, num_tokens = self._sizes(device, decisions)
+        kv_dtype = self._kv_dtype(dtype)
+        capacity = memory.kv_capacity(
+            kv_bytes=self._kv_bytes(device, model_weights.num_bytes, decisions),
+            bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * kv_dtype.itemsize,
+            block_size=block_size,
+            max_num_seqs=num_rows,
+            asked_len=self._config.scheduler.max_model_len,
+            checkpoint_len=shape.max_position_embeddings,
+        )
+        decisions += capacity.decisions
+        self._model = MiniMaxM2(shape, model_weights, capacity.max_model_len)
+        self._kv = self._model.allocate_kv(capacity.num_blocks, block_size, kv_dtype)
+        self._rows = Rows(num_rows, capacity.max_model_len, block_size, device)
+        valid = min(self._num_valid_tokens or shape.vocab_size, shape.vocab_size)
+        self._sampler = Sampler(self._rows, shape.vocab_size, valid, GenerationConfig.load(self._folder).eos_ids)
+        on_progress("warming up", 0.0, "")
+        self._warm_up(min(num_tokens, capacity.max_model_len - 1, capacity.num_blocks * block_size))
+        return DeviceInfo(
+            num_blocks=capacity.num_blocks,
+            block_size=block_size,
+            max_model_len=capacity.max_model_len,
+            max_num_seqs=num_rows,
+            max_num_batched_tokens=num_tokens,
+            vocab_size=shape.vocab_size,
+            lines=[*lines, *map(str, decisions)],
+        )
+
+    def _fill(self, shape: ModelConfig, model_weights: loading.ModelWeights, on_progress: ProgressFn) -> str:
+        load = self._config.load
+        if load.load_format == "dummy":
+            loading.dummy(model_weights, load.seed)
+            return f"weights: random (--load-format dummy, seed {load.seed})"
+        return loading.load(self._folder, shape, ParallelLayout(), model_weights,
+                            lambda share, note: on_progress("loading weights", share, note))  # fmt: skip
+
+    def _sizes(self, device: torch.device, decisions: list[Decision]) -> tuple[int, int, int]:
+        cache, scheduler = self._config.cache, self._config.scheduler
+        asked = (cache.block_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        names = ("block_size", "max_num_seqs", "max_num_batched_tokens")
+        values = []
+        for name, value, default in zip(names, asked, DEFAULTS[device.type], strict=True):
+            chosen = default if value is None else value
+            reason = f"the default on a {device.type.upper()}" if value is None else "--" + name.replace("_", "-")
+            decisions.append(Decision(name, chosen, reason))
+            values.append(chosen)
+        return values[0], values[1], values[2]
+
+    def _kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        name = self._config.cache.kv_cache_dtype
+        if name not in KV_DTYPES:
+            raise StartupError(f"--kv-cache-dtype must be one of {', '.join(KV_DTYPES)}, got {name!r}.")
+        return KV_DTYPES[name] or dtype
+
+    def _kv_bytes(self, device: torch.device, weight_bytes: int, decisions: list[Decision]) -> int:
+        cache = self._config.cache
+        if device.type == "cpu":
+            decision = memory.cpu_kv_bytes(available_memory(), cache.kv_cache_memory_bytes)
+        else:
+            total = torch.cuda.get_device_properties(device).total_memory
+            decision = memory.gpu_kv_bytes(total, cache.gpu_memory_utilization, weight_bytes, GPU_STEP_BYTES,
+                                           cache.kv_cache_memory_bytes)  # fmt: skip
+        decisions.append(decision)
+        return int(str(decision.value))
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """Run a prompt and a decoding step through everything, so that the first request pays for nothing."""
+        num_blocks = -(-(num_tokens + 1) // self._rows.block_size)
+        num_blocks = min(num_blocks, self._kv.shape[1])
+        num_tokens = min(num_tokens, num_blocks * self._rows.block_size - 1)
+        params = SamplingParams(top_k=40, top_p=0.95, max_tokens=2, seed=0)
+        admit = RowAdmit(0, 0, [0] * num_tokens, num_tokens, 0, list(range(num_blocks)), params, 0)
+        for number, (admits, length) in enumerate((([admit], num_tokens), ([], 1))):
+            work = RowWork(0, 0, length, 0, [], True, num_tokens + 1)
+            self.forward(StepPlan(-1 - number, admits, [work], []))
+            result = self.sample(-1 - number, None)
+            if result.error is not None:
+                raise EngineError(f"The first step failed: {result.error}")
+        self._rows.epochs[0] = -1
+
+    # steps -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> None:
+        """Compute a plan's logits. Failures are kept for `sample` to report."""
+        pending = self._pending[plan.step_id] = Pending(plan, time.perf_counter())
+        try:
+            for admit in plan.admits:
+                self._rows.admit(admit)
+                self._sampler.admit(admit)
+            if plan.work:
+                self._rows.prepare(plan.work)
+                pending.batch = batching.build(plan.work, self._rows)
+                pending.logits = self._model.forward(pending.batch.inputs, self._kv)
+        except Exception as error:
+            pending.error = self._survivable(error)
+
+    @torch.inference_mode()
+    def sample(self, step_id: int, mask: StepMask | None) -> StepResult:
+        """Draw the ids of a step whose `forward` was called."""
+        pending = self._pending.pop(step_id)
+        result = StepResult(step_id, [], [])
+        if pending.error is None and pending.batch is not None and pending.logits is not None:
+            try:
+                result = self._sample(pending.batch, pending.logits, step_id, mask)
+            except Exception as error:
+                pending.error = self._survivable(error)
+        seconds = time.perf_counter() - pending.began_s
+        return StepResult(step_id, result.samples, result.prompt_logprobs, pending.error, seconds)
+
+    def _sample(
+        self, batch: batching.Batch, logits: torch.Tensor, step_id: int, mask: StepMask | None
+    ) -> StepResult:
+        num_samples = len(batch.sampling)
+        prompt_logprobs = self._score_prompts(batch, logits[num_samples:])
+        samples = []
+        if num_samples:
+            samples = self._sampler.sample(logits[:num_samples], batch.sampling, batch.sampling_rows, mask)
+        return StepResult(step_id, samples, prompt_logprobs)
+
+    def _score_prompts(self, batch: batching.Batch, logits: torch.Tensor) -> list[RowPromptLogprobs]:
+        found, start = [], 0
+        for item, first in batch.scored:
+            own = logits[start : start + item.num_tokens]
+            start += item.num_tokens
+            count = min(item.num_tokens, self._rows.num_prompt[item.row] - 1 - first)
+            ids = self._rows.token_ids[item.row, first + 1 : first + 1 + count]
+            num_top = self._rows.params[item.row].prompt_logprobs or 0
+            scores = score(torch.log_softmax(own[:count], dim=-1), ids, num_top)
+            entries = to_logprobs(ids.tolist(), scores, [num_top] * count)
+            found.append(RowPromptLogprobs(item.row, item.epoch, first + 1, entries))
+        return found
+
+    def _survivable(self, error: Exception) -> str:
+        """The message of a failed step; raises when the device itself is broken."""
+        if self._rows.device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as broken:
+                raise EngineError(f"The GPU failed: {broken}") from error
+        return f"{type(error).__name__}: {error}"
+
+
+def available_memory() -> int:
+    """Bytes of main memory that are free to use now, within the limit of a container."""
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            free = min(free, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def _device_decision(device: torch.device) -> Decision:
+    if device.type == "cuda":
+        return Decision("device", torch.cuda.get_device_name(device), "torch sees a GPU")
+    return Decision("device", "CPU", f"torch {torch.__version__} sees no GPU")
+
+
+def _set_threads() -> Decision:
+    """One core is left to the API process."""
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores - 1)
+    torch.set_num_threads(threads)
+    return Decision("threads", threads, f"{cores} cores, one of them for the API process")
