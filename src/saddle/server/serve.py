@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -209,6 +210,8 @@ async def _report(service: Service, client: EngineClient, where: str) -> None:
             logger.info("%s", line)
         logger.info("Saddle %s serves %s at %s, context %d tokens, %d KV blocks of %d tokens.", VERSION,
                     service.model_names[0], where, ready.max_model_len, ready.num_blocks, ready.block_size)  # fmt: skip
+        gc.collect()
+        gc.freeze()  # tokenizer, templates and schemas live for ever: no need to walk them again
         then = client.stats
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
