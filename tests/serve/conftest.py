@@ -30,4 +30,4 @@ def scripted(tokenizer_folder: Path) -> Iterator[ServerProcess]:
     server = ServerProcess([str(tokenizer_folder)], SCRIPTED)
     yield server
     assert server.stop() == 0, server.log()
-    assert not server.orphans()
+    assert server.leaves_no_process()

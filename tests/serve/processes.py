@@ -129,6 +129,11 @@ class ServerProcess:
         """The engine process: the child that has the most memory."""
         return max(self.children(), key=lambda child: child.memory_info().rss)
 
+    def leaves_no_process(self, seconds: float = 3.0) -> bool:
+        """Whether all its children end soon: the helper of multiprocessing goes a moment after its parent."""
+        wait_for(lambda: not self.orphans(), seconds, f"no process left, now {self.orphans()}")
+        return True
+
     def orphans(self) -> list[psutil.Process]:
         """Children seen earlier that still run."""
         return [p for p in self.known_children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

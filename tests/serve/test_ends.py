@@ -75,7 +75,7 @@ async def test_kill_of_the_engine_process(tokenizer_folder: Path) -> None:
             assert "SIGKILL" in json.loads(error)["error"]["message"]
         assert server.wait(5) == 1
         assert "SIGKILL" in server.log()
-        wait_for(lambda: not server.orphans(), 3, "no process left")
+        assert server.leaves_no_process()
         assert port_is_free(server.port)
         assert left_behind() <= before
     finally:
@@ -94,7 +94,7 @@ async def test_kill_of_the_api_process(tokenizer_folder: Path) -> None:
         assert len(load.last) == STREAMS
         assert server.wait(5) == -signal.SIGKILL
         assert server.known_children, "the engine process was seen"
-        wait_for(lambda: not server.orphans(), 5, "the engine process ends")
+        assert server.leaves_no_process(5)
         assert port_is_free(server.port)
         assert left_behind() <= before
     finally:
@@ -119,7 +119,7 @@ async def test_sigterm_lets_streams_finish(tokenizer_folder: Path) -> None:
             assert last.endswith("[DONE]")
             assert json.loads(last.rsplit(" ", 1)[0])["choices"][0]["finish_reason"] == "stop"
         assert server.wait(5) == 0
-        assert not server.orphans()
+        assert server.leaves_no_process()
         assert port_is_free(server.port)
     finally:
         server.kill()
@@ -139,7 +139,7 @@ async def test_a_drain_that_is_cut_short(tokenizer_folder: Path, how: str) -> No
             await asyncio.wait_for(asyncio.gather(*tasks), 10)
         assert all("error" in last and last.endswith("[DONE]") for last in load.last), load.last
         assert server.wait(5) == 0
-        assert not server.orphans()
+        assert server.leaves_no_process()
     finally:
         server.kill()
 

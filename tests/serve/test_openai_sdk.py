@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     yield server
     server.wait_idle()
     assert server.stop() == 0, server.log()
-    assert not server.orphans()
+    assert server.leaves_no_process()
     assert "Traceback" not in server.log()
 
 
@@ -71,8 +71,10 @@ def test_chat_and_stream_agree(client: openai.OpenAI) -> None:
 
 def test_seeds(client: openai.OpenAI) -> None:
     def sampled(seed: int) -> str:
-        reply = client.chat.completions.create(model="saddle-test", messages=HI, temperature=1.5, top_p=1, seed=seed,
-                                               max_tokens=20, extra_body={"top_k": 0})  # fmt: skip
+        reply = client.chat.completions.create(
+            model="saddle-test", messages=HI, temperature=1.5, top_p=1, seed=seed, max_tokens=20,
+            extra_body={"top_k": 0, "ignore_eos": True},
+        )  # fmt: skip
         return whole_text(reply.choices[0].message)
 
     assert sampled(1) == sampled(1)
@@ -81,7 +83,7 @@ def test_seeds(client: openai.OpenAI) -> None:
 
 def test_three_choices(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model="saddle-test", messages=HI, n=3, temperature=2, top_p=1, seed=3,
-                                           max_tokens=12, extra_body={"top_k": 0})  # fmt: skip
+                                           max_tokens=12, extra_body={"top_k": 0, "ignore_eos": True})  # fmt: skip
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
     assert len({whole_text(choice.message) for choice in reply.choices}) > 1
     assert reply.usage is not None

@@ -58,7 +58,7 @@ class Backend:
         for token_id in reversed(ids):
             if token_id == tokens.think_id:
                 return True
-            if token_id in (tokens.end_think_id, tokens.bos_id, tokens.eos_id):
+            if token_id in (tokens.end_think_id, tokens.message_id, tokens.eos_id):
                 return False
         return False
 
