@@ -97,10 +97,6 @@ class Generation:
     def num_choices(self) -> int:
         return len(self._choices)
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(1 for choice in self._choices if not choice.done and choice.first_s == 0)
-
     async def submit(self, params: list[SamplingParams]) -> None:
         """Hand every choice to the engine; all or none are taken."""
         job, n = self.job, self.job.params.n

@@ -77,11 +77,6 @@ class Service:
         """Requests being admitted or answered."""
         return len(self._live) + self._num_opening
 
-    @property
-    def num_waiting(self) -> int:
-        """Choices that have no token yet; a request that is being admitted counts as one."""
-        return self._num_opening + sum(generation.num_waiting for generation in self._live)
-
     def unavailable(self) -> Unavailable | None:
         """Why new requests are refused now, None when they are not."""
         state = self.client.state
@@ -129,7 +124,7 @@ class Service:
             RequestError: refused, by us or by the engine; nothing of it runs then.
         """
         arrival_s, facts = time.monotonic(), self.facts()
-        self._check_queue(job)
+        self._check_queue()
         self._change_opening(+1)
         try:
             prompts = [_cut(job, await self.encode(prompt)) for prompt in job.prompts]
@@ -177,11 +172,12 @@ class Service:
         )
         return list(rendered.token_ids)
 
-    def _check_queue(self, job: Job) -> None:
-        limit = self.config.max_queued_requests
-        if limit is not None and self.num_waiting + len(job.prompts) * job.params.n > limit:
+    def _check_queue(self) -> None:
+        """Refuse before any work is done when the queue was full after the latest step; the engine counts exactly."""
+        limit, waiting = self.config.max_queued_requests, self.client.stats.num_waiting
+        if limit is not None and waiting >= limit:
             self._reject("queue_full")
-            raise Overloaded(f"{self.num_waiting} requests wait for their first token; the limit is {limit}.",
+            raise Overloaded(f"{waiting} requests are waiting already; the limit is {limit}.",
                              retry_after=RETRY_AFTER_S)  # fmt: skip
 
     def _fit(self, params: SamplingParams, ids: list[int], longest: int) -> SamplingParams:

@@ -10,9 +10,9 @@ import aiohttp
 import pytest
 
 from saddle.config import ServerConfig
-from saddle.errors import InvalidRequest
+from saddle.errors import InvalidRequest, Overloaded
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import TokenDelta, TokenRequest
+from saddle.protocol import EngineStats, TokenDelta, TokenRequest
 from saddle.server.sse import ClientGone, whole
 from tests.unit.server.harness import Harness, refuse, running, until, words
 
@@ -89,18 +89,27 @@ async def test_prompt_that_is_too_long(tokenizer: Tokenizer) -> None:
 
 async def test_queue_limit(tokenizer: Tokenizer) -> None:
     config = ServerConfig(host="127.0.0.1", port=0, access_log=False, max_queued_requests=2)
-    async with running(tokenizer, lambda request: [], config) as server:
-        waiting = [asyncio.ensure_future(server.post(CHAT, HI)) for _ in range(2)]
-        await until(lambda: len(server.client.requests) == 2)
+    async with running(tokenizer, words(tokenizer, "x"), config) as server:
+        server.client.stats = EngineStats(num_waiting=2)
         async with server.http.post(server.base + CHAT, json=HI) as reply:
             assert reply.status == 429
             assert "retry-after" in reply.headers
             assert "limit is 2" in (await reply.json())["error"]["message"]
-        for task in waiting:
-            task.cancel()
-        await until(lambda: len(server.client.aborted) == 2)
-        server.client.script = words(tokenizer, "x")
+        assert 'admission_rejections_total{engine="0",model_name="saddle-test",reason="queue_full"} 1.0' in (
+            await server.get("/metrics")
+        )[1]
+        server.client.stats = EngineStats(num_waiting=1)
         assert (await server.post(CHAT, HI))[0] == 200
+
+
+async def test_queue_limit_of_the_engine(tokenizer: Tokenizer) -> None:
+    error = Overloaded("2 requests are waiting already.", retry_after=1)
+    async with (
+        running(tokenizer, refuse(error)) as server,
+        server.http.post(server.base + CHAT, json=HI) as reply,
+    ):
+        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+        assert (await reply.json())["error"]["type"] == "RateLimitError"
 
 
 @pytest.mark.parametrize("stream", [True, False])
