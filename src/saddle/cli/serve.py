@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     engine, server, notes = configs(vars(args), env.api_keys())
     for note in notes:
         logger.info(note)
-    from saddle import launch  # here, not above: `saddle --help` must not pay for it
+    from saddle.launch import serve  # here, not above: `saddle --help` must not pay for it
 
-    return launch.serve(engine, server)
+    return serve(engine, server)
 
 
 def configs(
@@ -105,6 +105,6 @@ def _model(given: Mapping[str, Any]) -> str:
         raise StartupError(f"The model is given twice: {positional!r} and --model {flag!r}.")
     if positional or flag:
         return str(positional or flag)
-    from saddle import launch
+    from saddle.launch import demo_model_path
 
-    return str(launch.demo_model_path())
+    return str(demo_model_path())

@@ -113,7 +113,6 @@ def test_no_effect_is_logged_once(
     seen: list[Any] = []
     launch.serve = lambda engine, server: seen.append((engine, server)) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "saddle.launch", launch)
-    monkeypatch.setattr("saddle.launch", launch, raising=False)
     monkeypatch.setattr("saddle.log.setup", lambda level: None)
     fine = flag.fine[0] if flag.fine else None
     value = str(fine) if fine is not None and flag.kind != "bool" else example(flag)
