@@ -206,7 +206,7 @@ class Scheduler:
         block_size = self.limits.block_size
         running = self._running
         index = 0
-        while index < len(running):  # it shrinks behind `index` when rows are preempted
+        while index < len(running):  # it shrinks behind `index` as rows are preempted
             request = running[index]
             index += 1
             if request.num_total - request.num_computed != 1 or request.num_computed < request.num_prompt:
@@ -217,9 +217,8 @@ class Scheduler:
             fresh: list[int] = []
             if request.num_computed == len(request.block_ids) * block_size:
                 if self._make_room(draft, request, 1, []) < 1:
-                    self._preempt(draft, request)
-                    index -= 1
-                    continue
+                    self._preempt(draft, request)  # all that came after it are gone already
+                    break
                 fresh = self.kv.extend(request, [], 1)
             self._give(draft, request, 1, 0, fresh)
         return prompts
@@ -380,7 +379,7 @@ class Scheduler:
                     raise EngineError(f"Step {result.step_id} gave no token for row {work.row}.")
                 deltas.append(self._append(request, sample))
             if request.row != NO_ROW and end // block_size > request.num_published:
-                self.kv.publish(request, min(end, len(request.token_ids)))
+                self.kv.publish(request, end)  # its ids are known: they landed before
 
     def _append(self, request: Request, sample: RowSample) -> TokenDelta:
         """One more known id. Ends the request if the id or the length says so."""

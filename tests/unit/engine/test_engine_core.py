@@ -53,7 +53,7 @@ def test_with_plans_in_flight_results_are_awaited_later() -> None:
     made = bench(plans_in_flight=2)
     calls = trace(made)
     made.submit(request("a", PROMPT, 4))
-    made.run()
+    assert [len(made.step()) for _ in range(6)] == [0, 0, 1, 1, 1, 1]
     assert calls[:7] == [
         ("forward", 0), ("sample", 0), ("forward", 1), ("sample", 1), ("forward", 2), ("sample", 2), ("collect", 0),
     ]  # fmt: skip

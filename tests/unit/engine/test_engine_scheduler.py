@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from engine_support import EOS, VOCAB, bench, expected, request, stops_after
 
 from saddle.errors import EngineError
 from saddle.executor.fake import from_function
-from saddle.protocol import Accepted, FinishReason, Refused, StepPlan, StepResult
+from saddle.protocol import Accepted, FinishReason, Refused, RowSample, StepPlan, StepResult
 
 PROMPT = list(range(2, 12))
 
@@ -59,6 +60,30 @@ def test_the_first_request_is_never_preempted(plans: int) -> None:
     again = [admit for plan in made.plans[1:] for admit in plan.admits if admit.token_ids[:6] == [2] * 6]
     assert again == []
     assert made.core.stats.num_preemptions > 0
+
+
+@in_flight
+def test_small_worlds(plans: int) -> None:
+    """Hundreds of short lives with hardly any memory: what happens only when several things come together."""
+    chance = random.Random(plans)
+    num_preemptions = 0
+    for _ in range(300):
+        made = bench(plans_in_flight=plans, num_blocks=chance.randint(5, 10), block_size=2,
+                     max_num_batched_tokens=chance.choice([2, 3, 5, 16]), policy=chance.choice(["fcfs", "priority"]),
+                     caching=chance.random() < 0.7)  # fmt: skip
+        asked = {}
+        for n in range(chance.randint(2, 6)):
+            prompt = [chance.choice([2, 3])] * chance.randint(1, 7)
+            asked[f"r{n}"] = prompt, chance.randint(1, 9)
+            made.submit(request(f"r{n}", *asked[f"r{n}"], priority=chance.randint(0, 2)))
+            for _ in range(chance.randint(0, 3)):
+                if made.core.has_work:
+                    made.step()
+        for name, outcome in made.run(400).items():
+            prompt, num_tokens = asked[name]
+            assert outcome.token_ids == expected(prompt, min(num_tokens, made.scheduler._max_total - len(prompt)))
+        num_preemptions += made.core.stats.num_preemptions
+    assert num_preemptions > 100
 
 
 @pytest.mark.parametrize("plans", [1, 2])
@@ -283,6 +308,43 @@ def test_an_urgent_prompt_goes_before_the_rest_of_a_long_one(plans: int) -> None
 
 
 @in_flight
+def test_a_long_prompt_is_not_overtaken(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=8)
+    made.submit(request("long", [5] * 40, 1), request("short", [6] * 4, 1))
+    made.run()
+    assert [plan.step_id for plan in made.plans for admit in plan.admits if 6 in admit.token_ids] == [5]
+
+
+@in_flight
+@pytest.mark.parametrize("priority", [-1, 1])
+def test_decoding_rows_eat_the_memory_of_a_prompt_under_way(plans: int, priority: int) -> None:
+    """It is the victim if it comes last; else it waits for memory, and rows of the plan are left alone."""
+    made = bench(plans_in_flight=plans, num_blocks=19, max_num_batched_tokens=4, policy="priority")
+    made.submit(request("a", [2] * 6, 24), request("b", [3] * 6, 24))
+    for _ in range(6):
+        made.step()
+    made.submit(request("prompt", [5] * 40, 4, priority=priority))
+    made.run(600)
+    assert {name: outcome.token_ids for name, outcome in made.outcomes.items()} == {
+        "a": expected([2] * 6, 24), "b": expected([3] * 6, 24), "prompt": expected([5] * 40, 4),
+    }  # fmt: skip
+    num_admits = Counter(admit.token_ids[0] for plan in made.plans for admit in plan.admits)
+    assert num_admits == ({2: 1, 3: 1, 5: 2} if priority > 0 else {2: 1, 3: 2, 5: 1})
+
+
+@in_flight
+def test_cached_blocks_that_a_prompt_would_use_are_no_room_for_the_rest_of_it(plans: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=8)
+    made.submit(request("before", [5] * 16, 1))
+    made.run()
+    made.submit(request("runs", [6] * 7, 8), request("after", [5] * 31, 1))
+    made.run()
+    first, second = [plan.step_id for plan in made.plans[1:] for _ in plan.admits]
+    assert second - first >= 8
+    assert made.outcomes["after"].deltas[0].num_cached_tokens == 16
+
+
+@in_flight
 def test_a_prompt_waits_until_all_of_it_fits(plans: int) -> None:
     made = bench(plans_in_flight=plans, num_blocks=16, caching=False)
     made.submit(request("a", [2] * 20, 8), request("b", [3] * 44, 8))
@@ -314,8 +376,9 @@ def test_eight_equal_prompts_compute_their_prefix_once(plans: int, budget: int) 
 
 
 @in_flight
-def test_equal_beginnings_are_computed_once(plans: int) -> None:
-    made = bench(plans_in_flight=plans, num_blocks=200, max_num_batched_tokens=24)
+@pytest.mark.parametrize("budget", [24, 26])
+def test_equal_beginnings_are_computed_once(plans: int, budget: int) -> None:
+    made = bench(plans_in_flight=plans, num_blocks=200, max_num_batched_tokens=budget)
     system = [2 + i % 7 for i in range(64)]
     made.submit(*(request(f"r{n}", [*system, 20 + n, *[30 + n] * n], 1) for n in range(8)))
     made.run()
@@ -324,7 +387,7 @@ def test_equal_beginnings_are_computed_once(plans: int) -> None:
 
 @in_flight
 def test_a_prompt_under_way_skips_what_another_computed_meanwhile(plans: int) -> None:
-    made = bench(plans_in_flight=plans, max_num_batched_tokens=8, policy="priority")
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=10, policy="priority")
     prompt = [2 + i % 9 for i in range(40)]
     made.submit(request("late", prompt, 2, priority=1))
     made.step()
@@ -334,6 +397,18 @@ def test_a_prompt_under_way_skips_what_another_computed_meanwhile(plans: int) ->
     assert skips == [28]
     assert made.outcomes["late"].token_ids == expected(prompt, 2)
     assert made.outcomes["late"].deltas[0].num_cached_tokens == 28
+
+
+def test_the_last_token_of_a_prompt_publishes_its_block_when_planned() -> None:
+    made = bench(plans_in_flight=2, max_num_batched_tokens=3)
+    made.submit(request("a", PROMPT[:4], 9))
+    made.step()
+    made.step()
+    made.submit(request("b", PROMPT, 2))
+    made.step()
+    assert made.outcomes["a"].deltas == [], "no result has landed"
+    assert [admit.num_computed for admit in made.plans[2].admits] == [4]
+    made.run()
 
 
 @in_flight
@@ -389,6 +464,7 @@ def test_a_failed_step_ends_its_rows_and_those_of_plans_in_flight(plans: int) ->
         assert outcome.token_ids == expected(PROMPT if outcome is made.outcomes["a"] else [9, *PROMPT],
                                              len(outcome.token_ids))  # fmt: skip
     assert made.core.stats.num_failed_steps == 1
+    assert made.core.stats.num_cached_blocks == 0, "also what they wrote before is forgotten"
     made.submit(request("c", PROMPT, 5))
     assert made.run()["c"].token_ids == expected(PROMPT, 5)
 
@@ -441,12 +517,13 @@ def test_a_result_of_another_step_is_an_error() -> None:
         made.scheduler.update(plan, StepResult(7, [], []))
 
 
-def test_a_missing_token_is_an_error() -> None:
+@pytest.mark.parametrize("samples", [[], [RowSample(1, 1, [2])], [RowSample(0, 2, [2])]])
+def test_a_missing_token_is_an_error(samples: list[RowSample]) -> None:
     made = bench()
     made.submit(request("a", PROMPT, 5))
     plan = made.scheduler.schedule()
     with pytest.raises(EngineError, match="Step 0 gave no token for row 0"):
-        made.scheduler.update(plan, StepResult(0, [], []))
+        made.scheduler.update(plan, StepResult(0, samples, []))
 
 
 def test_a_scheduler_that_plans_nothing_ends_the_engine_instead_of_spinning() -> None:
