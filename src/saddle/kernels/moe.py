@@ -12,9 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# Measured on two x86 cores, E = 16, k = 4: products over all experts win from 3 tokens (below, their weights are not
-# worth reading) to 16 (above, their arithmetic is not worth doing).
-DENSE_TOKENS = range(3, 17)
 # On other devices a loop over experts waits for the router: up to this many pairs copy their experts' weights instead.
 MAX_COPIED_PAIRS = 64
 
@@ -47,9 +44,6 @@ def experts(
         [T, H] in the dtype of h.
     """
     num_tokens, top_k = chosen.shape
-    # A product over all experts does E / k times the work: no use where few of many are chosen.
-    if num_tokens in DENSE_TOKENS and w13.shape[0] <= 2 * num_tokens * top_k:
-        return _all_experts(h, chosen, weights, w13, w2)
     if h.device.type != "cpu" and num_tokens * top_k <= MAX_COPIED_PAIRS:
         return _copied_experts(h, chosen, weights, w13, w2)
     if num_tokens == 1:
@@ -79,16 +73,6 @@ def _copied_experts(
     active = _swiglu(torch.bmm(h.repeat_interleave(top_k, dim=0).unsqueeze(1), w13.index_select(0, pairs)))
     found = torch.bmm(active, w2.index_select(0, pairs)).view(num_tokens, top_k, -1)
     return torch.bmm(weights.to(h.dtype).unsqueeze(1), found).squeeze(1)
-
-
-def _all_experts(
-    h: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
-) -> torch.Tensor:
-    num_experts = w13.shape[0]
-    active = _swiglu(torch.bmm(h.expand(num_experts, -1, -1), w13))  # [E, T, I]
-    spread = torch.zeros(h.shape[0], num_experts, dtype=h.dtype, device=h.device)
-    spread.scatter_(1, chosen, weights.to(h.dtype))
-    return torch.bmm(active.mul_(spread.t().unsqueeze(-1)), w2).sum(0)
 
 
 def _by_expert(

@@ -1,62 +1,86 @@
-"""Weight formats as types: what a checkpoint tensor is made of and how it becomes numbers.
+"""Weight formats as types: which tensors of a checkpoint make up a weight, how a slice of it is cut, its value.
 
-A format knows which tensors belong to one weight, how a slice of it is cut, and its dequantised value. Kernels take
-the format; there is no second copy of a kernel for a format. FP8 weights are cut as bytes together with their
-scales, exactly as every rank of every device does it, and only then dequantised.
+A kernel takes the format; there is no second copy of a kernel for a format. FP8 weights are cut as bytes together
+with their scales, exactly as every rank of every device does it, and only then dequantised where a device computes
+in wider numbers. A further format (4-bit ones have other members, packed two to a byte) is one more class here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from saddle.model.config import ModelConfig
 from saddle.parallel.layout import Slice, scale_granularity
 
-SCALE_SUFFIX = "_scale_inv"
+ReadSlice = Callable[[str, Slice, Slice], torch.Tensor]  # suffix of the tensor's name, rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One tensor of a stored weight: the end of its name, its shape, and the dtypes it may have (safetensors' names)."""
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Bf16:
-    """Plain numbers: BF16, or F32 where the checkpoint has it."""
+    """Plain numbers: BF16, or F32 where a checkpoint has it."""
 
-    def cut(self, weight: torch.Tensor, rows: Slice, columns: Slice) -> torch.Tensor:
-        return weight[rows.start : rows.stop, columns.start : columns.stop]
+    def members(self, shape: tuple[int, ...]) -> list[Member]:
+        return [Member("", shape, ("BF16", "F32"))]
+
+    def read(self, get: ReadSlice, rows: Slice, columns: Slice) -> torch.Tensor:
+        """Numbers [R, C] of a slice, in the stored dtype."""
+        return get("", rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Slice:
+    """FP8 bytes [R, C] float8_e4m3fn and their scales [R / r, C / c] float32, at the granularity (r, c)."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    granularity: tuple[int, int]
+
+    def dequantise(self) -> torch.Tensor:
+        """weight[i, j] * scale[i // r, j // c], [R, C] float32."""
+        (rows, columns), (r, c) = self.weight.shape, self.granularity
+        blocks = self.weight.to(torch.float32).view(rows // r, r, columns // c, c)
+        return blocks.mul_(self.scale[:, None, :, None]).view(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Block:
-    """E4M3 with one F32 scale per `block` x `block` weights: W[i, j] = q[i, j] * scale[i // block, j // block].
+    """E4M3 with one F32 scale per block: W[i, j] = q[i, j] * scale[i // block[0], j // block[1]]."""
 
-    After a cut the scales may be finer than the checkpoint's: `rows_per_scale` and `columns_per_scale` say how fine.
-    """
+    block: tuple[int, int] = (128, 128)
 
-    block: int = 128
+    def members(self, shape: tuple[int, ...]) -> list[Member]:
+        scales = tuple(-(-size // block) for size, block in zip(shape, self.block, strict=True))
+        return [Member("", shape, ("F8_E4M3",)), Member("_scale_inv", scales, ("F32",))]
 
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return -(-rows // self.block), -(-columns // self.block)
-
-    def cut(
-        self, weight: torch.Tensor, scale: torch.Tensor, rows: Slice, columns: Slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bytes [R, C] of a slice and its scales, repeated to the granularity that divides the slice.
-
-        Args:
-            weight: [N, K] float8_e4m3fn.
-            scale: [ceil(N / block), ceil(K / block)] float32.
-
-        Returns:
-            q [R, C] float8_e4m3fn and scales [R / r, C / c] float32 with r, c from `scale_granularity`.
-        """
-        row_step, column_step = scale_granularity(rows.size, self.block), scale_granularity(columns.size, self.block)
-        row_index = torch.arange(rows.start, rows.stop, row_step) // self.block
-        column_index = torch.arange(columns.start, columns.stop, column_step) // self.block
-        fine = scale.index_select(0, row_index).index_select(1, column_index)
-        return weight[rows.start : rows.stop, columns.start : columns.stop], fine
+    def read(self, get: ReadSlice, rows: Slice, columns: Slice) -> Fp8Slice:
+        """A slice of the bytes, and the checkpoint's scales repeated to the granularity that divides the slice."""
+        granularity = scale_granularity(rows, self.block[0]), scale_granularity(columns, self.block[1])
+        covering = [Slice(part.start // block, -(-part.stop // block))
+                    for part, block in zip((rows, columns), self.block, strict=True)]  # fmt: skip
+        scale = get("_scale_inv", *covering)
+        for dim, (part, step) in enumerate(zip((rows, columns), granularity, strict=True)):
+            block = self.block[dim]
+            index = torch.arange(part.start, part.stop, step) // block - part.start // block
+            scale = scale.index_select(dim, index)
+        return Fp8Slice(get("", rows, columns), scale, granularity)
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Numbers [R, C] float32 of FP8 bytes [R, C] and block scales [R / r, C / c]."""
-    rows, columns = scale.shape
-    blocks = weight.to(torch.float32).view(rows, weight.shape[0] // rows, columns, weight.shape[1] // columns)
-    return (blocks * scale[:, None, :, None]).view(weight.shape)
+WeightFormat = Bf16 | Fp8Block
+
+
+def format_of(config: ModelConfig, module: str) -> WeightFormat:
+    """How the checkpoint stores the weight of a projection, given its dotted name."""
+    quantization = config.quantization
+    return Fp8Block(quantization.block) if quantization is not None and quantization.covers(module) else Bf16()

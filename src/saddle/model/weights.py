@@ -1,36 +1,32 @@
 """From a published checkpoint to resident tensors: one table, every tensor consumed exactly once.
 
 The table says for each name of the checkpoint where it goes and which part of it this rank holds. Destinations are
-allocated first and filled in place, so the peak is the loaded model plus one tensor per reader. File membership is
-taken from the index's `weight_map` alone: its `total_size` and the "of-N" in file names are unreliable.
+allocated first and filled in place, so the peak is the loaded model plus one tensor per reader.
 """
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from saddle.errors import CheckpointError
-from saddle.model.config import ModelConfig, read_json
-from saddle.model.formats import SCALE_SUFFIX, Fp8Block, dequantise
+from saddle.model.config import ModelConfig
+from saddle.model.files import TensorFiles
+from saddle.model.formats import Bf16, Fp8Slice, Member, WeightFormat, format_of
 from saddle.parallel.layout import ParallelLayout, Slice
 
-INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 OPTIONAL = re.compile(r"\.(k_scale|v_scale|input_scale)$")
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 NUM_READERS = 2
-PLAIN = (torch.bfloat16, torch.float32)
 Report = Callable[[float, str], None]  # share done from 0 to 1, note
+Table = dict[str, "Target"]
 
 
 @dataclass(slots=True)
@@ -118,117 +114,85 @@ def allocate(config: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, de
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a checkpoint tensor goes.
+    """Where a weight of the checkpoint goes.
 
-    shape   of the whole tensor in the checkpoint
+    shape   of the whole weight
     parts   the slice of each dimension that this rank holds
-    into    destination, a view of the shape of the slice
-    quantised   FP8 with a scale tensor beside it, if the checkpoint is FP8
-    widens  float32 here, whether the checkpoint has F32 or BF16
+    into    destination, a view of the shape of the slice; None: another rank's
+    form    how a projection is stored; None: plain numbers
     """
 
     shape: tuple[int, ...]
     parts: tuple[Slice, ...]
-    into: torch.Tensor
-    quantised: bool = False
-    widens: bool = False
+    into: torch.Tensor | None
+    form: WeightFormat | None = None
+
+    def members(self) -> list[Member]:
+        return (self.form or Bf16()).members(self.shape)
 
 
 def table(config: ModelConfig, layout: ParallelLayout, weights: ModelWeights) -> dict[str, Target]:
-    """Name in the checkpoint -> target, for every tensor that this rank reads a part of."""
-    hidden = config.hidden_size
-    vocab = layout.vocabulary(config.vocab_size)
-    whole = Slice(0, hidden)
+    """Name in the checkpoint -> target, for every weight of the model."""
+    vocab, whole = layout.vocabulary(config.vocab_size), Slice(0, config.hidden_size)
+    shape = config.vocab_size, config.hidden_size
     found = {
-        "model.embed_tokens.weight": Target((config.vocab_size, hidden), (vocab, whole), weights.embed),
-        "lm_head.weight": Target((config.vocab_size, hidden), (vocab, whole), weights.lm_head.t()),
-        "model.norm.weight": Target((hidden,), (whole,), weights.norm),
+        "model.embed_tokens.weight": Target(shape, (vocab, whole), weights.embed),
+        "lm_head.weight": Target(shape, (vocab, whole), weights.lm_head.t()),
+        "model.norm.weight": Target((config.hidden_size,), (whole,), weights.norm),
     }
     for number, layer in enumerate(weights.layers):
-        found |= _layer_table(f"model.layers.{number}.", config, layout, layer)
+        prefix = f"model.layers.{number}."
+        found |= _attention_table(prefix, config, layout, layer)
+        found |= _experts_table(prefix + "block_sparse_moe.", config, layout, layer)
     return found
 
 
-def _layer_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: LayerWeights) -> dict[str, Target]:
-    hidden, dim, whole = config.hidden_size, config.head_dim, Slice(0, config.hidden_size)
-    heads, kv_heads = layout.query_heads(config.num_heads), layout.kv_heads(config.num_kv_heads)
-    q, kv = Slice(heads.start * dim, heads.stop * dim), Slice(kv_heads.start * dim, kv_heads.stop * dim)
+def _attention_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: LayerWeights) -> Table:
+    hidden, whole = config.hidden_size, Slice(0, config.hidden_size)
+    q = layout.query_heads(config.num_heads).scaled(config.head_dim)
+    kv = layout.kv_heads(config.num_kv_heads).scaled(config.head_dim)
     q_rows, k_rows, v_rows = torch.split(layer.qkv.t(), [q.size, kv.size, kv.size])
-    attention, moe = prefix + "self_attn.", prefix + "block_sparse_moe."
-    experts = Slice(0, config.num_experts)
-    found = {
+    attention = prefix + "self_attn."
+
+    def projection(name: str, width: int, part: Slice, into: torch.Tensor) -> Table:
+        name = f"{attention}{name}_proj"
+        return {name + ".weight": Target((width, hidden), (part, whole), into, format_of(config, name))}
+
+    o_proj = attention + "o_proj"
+    return {
         prefix + "input_layernorm.weight": Target((hidden,), (whole,), layer.input_norm),
         prefix + "post_attention_layernorm.weight": Target((hidden,), (whole,), layer.post_norm),
-        attention + "q_proj.weight": Target((config.q_width, hidden), (q, whole), q_rows, True),
-        attention + "k_proj.weight": Target((config.kv_width, hidden), (kv, whole), k_rows, True),
-        attention + "v_proj.weight": Target((config.kv_width, hidden), (kv, whole), v_rows, True),
-        attention + "o_proj.weight": Target((hidden, config.q_width), (whole, q), layer.o.t(), True),
+        **projection("q", config.q_width, q, q_rows),
+        **projection("k", config.kv_width, kv, k_rows),
+        **projection("v", config.kv_width, kv, v_rows),
+        o_proj + ".weight": Target((hidden, config.q_width), (whole, q), layer.o.t(), format_of(config, o_proj)),
         attention + "q_norm.weight": Target((config.q_width,), (q,), layer.q_norm),
         attention + "k_norm.weight": Target((config.kv_width,), (kv,), layer.k_norm),
-        moe + "gate.weight": Target((config.num_experts, hidden), (experts, whole), layer.gate.t(), widens=True),
-        moe + "e_score_correction_bias": Target((config.num_experts,), (experts,), layer.gate_bias, widens=True),
     }
-    width, full = layout.expert_width(config.intermediate_size), config.intermediate_size
-    mine = layout.experts(config.num_experts)
-    for index in range(mine.start, mine.stop):
-        w1, w3 = torch.split(layer.w13[index - mine.start].t(), [width.size, width.size])
-        expert = f"{moe}experts.{index}."
-        found[expert + "w1.weight"] = Target((full, hidden), (width, whole), w1, True)
-        found[expert + "w3.weight"] = Target((full, hidden), (width, whole), w3, True)
-        found[expert + "w2.weight"] = Target((hidden, full), (whole, width), layer.w2[index - mine.start].t(), True)
+
+
+def _experts_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: LayerWeights) -> Table:
+    hidden, full, number = config.hidden_size, config.intermediate_size, config.num_experts
+    whole, every = Slice(0, hidden), Slice(0, number)
+    width, mine = layout.expert_width(full), layout.experts(number)
+    found = {
+        prefix + "gate.weight": Target((number, hidden), (every, whole), layer.gate.t()),
+        prefix + "e_score_correction_bias": Target((number,), (every,), layer.gate_bias),
+    }
+    for index in range(number):
+        w1 = w2 = w3 = None
+        if mine.start <= index < mine.stop:
+            w1, w3 = torch.split(layer.w13[index - mine.start].t(), [width.size, width.size])
+            w2 = layer.w2[index - mine.start].t()
+        for name, into in (("w1", w1), ("w3", w3), ("w2", w2)):
+            module = f"{prefix}experts.{index}.{name}"
+            shape, parts = ((hidden, full), (whole, width)) if name == "w2" else ((full, hidden), (width, whole))
+            found[module + ".weight"] = Target(shape, parts, into, format_of(config, module))
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # reading
-
-
-def weight_map(folder: Path) -> dict[str, Path]:
-    """File of every tensor: from the index, or from the only file.
-
-    Raises:
-        CheckpointError: no weights, or an indexed file is missing.
-    """
-    if (folder / INDEX).exists():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{INDEX} has no weight_map.")
-        missing = sorted({file for file in names.values() if not (folder / file).exists()})
-        if missing:
-            raise CheckpointError(f"{len(missing)} weight files are missing, the first is {missing[0]}.")
-        return {name: folder / file for name, file in names.items()}
-    if not (folder / SINGLE_FILE).exists():
-        raise CheckpointError(f"The checkpoint folder {folder} has neither {INDEX} nor {SINGLE_FILE}.")
-    with safe_open(folder / SINGLE_FILE, "pt") as file:
-        return dict.fromkeys(file.keys(), folder / SINGLE_FILE)
-
-
-class _Files:
-    """Open handles of the checkpoint's files, one set for each reading thread."""
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        self._files = files
-        self._local = threading.local()
-        self._stack = ExitStack()
-        self._lock = threading.Lock()
-
-    def read(self, name: str) -> torch.Tensor:
-        handles = self._local.__dict__.setdefault("handles", {})
-        path = self._files[name]
-        if path not in handles:
-            with self._lock:
-                try:
-                    handles[path] = self._stack.enter_context(safe_open(path, "pt"))
-                except Exception as error:  # safetensors has no common base class for its errors
-                    raise CheckpointError(f"{path.name} is not a readable safetensors file: {error}") from None
-        try:
-            tensor: torch.Tensor = handles[path].get_tensor(name)
-        except Exception as error:
-            raise CheckpointError(f"{name} cannot be read from {path.name}: {error}") from None
-        return tensor
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def is_skipped(name: str, num_layers: int) -> bool:
@@ -237,25 +201,37 @@ def is_skipped(name: str, num_layers: int) -> bool:
     return bool(OPTIONAL.search(name)) or (layer is not None and int(layer.group(1)) >= num_layers)
 
 
-def plan_reads(found: set[str], targets: dict[str, Target], config: ModelConfig) -> None:
-    """Hold the names of the checkpoint against the table.
+def check(files: TensorFiles, targets: dict[str, Target], num_layers: int) -> None:
+    """Hold the checkpoint against the table, before anything is read: every tensor has exactly one place.
 
     Raises:
-        CheckpointError: a tensor is missing or unknown; names the first.
+        CheckpointError: a tensor is missing, unknown, or of another shape or dtype; names it.
     """
-    wanted = set(targets)
-    if config.is_fp8:
-        wanted |= {name + SCALE_SUFFIX for name, target in targets.items() if target.quantised}
-    missing = sorted(wanted - found)
+    members = {name + member.suffix: member for name, target in targets.items() for member in target.members()}
+    found = set(files.names)
+    missing = sorted(members.keys() - found)
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}.")
-    extra = sorted(name for name in found - wanted if not is_skipped(name, config.num_layers))
+    extra = sorted(name for name in found - members.keys() if not is_skipped(name, num_layers))
     if extra:
-        hint = " Is quantization_config missing from config.json?" if extra[0].endswith(SCALE_SUFFIX) else ""
+        hint = " Is quantization_config missing from config.json?" if extra[0].endswith("_scale_inv") else ""
         raise CheckpointError(f"{len(extra)} tensors of the checkpoint are unknown, the first is {extra[0]}.{hint}")
+    for name, member in members.items():
+        if files.shape(name) != member.shape:
+            expected, got = list(member.shape), list(files.shape(name))
+            raise CheckpointError(f"{name} must have shape {expected} by config.json, got {got}.")
+        if files.dtype(name) not in member.dtypes:
+            raise CheckpointError(f"{name} must be {' or '.join(member.dtypes)}, got {files.dtype(name)}.")
 
 
-def load(folder: Path, config: ModelConfig, layout: ParallelLayout, weights: ModelWeights, report: Report) -> str:
+def load(
+    folder: Path,
+    config: ModelConfig,
+    layout: ParallelLayout,
+    weights: ModelWeights,
+    report: Report,
+    num_readers: int = NUM_READERS,
+) -> str:
     """Fill `weights` from a checkpoint folder. Returns a line with size, time and rate.
 
     Raises:
@@ -263,52 +239,35 @@ def load(folder: Path, config: ModelConfig, layout: ParallelLayout, weights: Mod
     """
     began = time.perf_counter()
     targets = table(config, layout, weights)
-    files = weight_map(folder)
-    plan_reads(set(files), targets, config)
-    order = sorted(targets, key=lambda name: (files[name], name))
-    reader = _Files(files)
     num_bytes = 0
-    try:
-        with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="weights") as pool:
-            reads = pool.map(lambda name: fill(name, targets[name], reader.read, config), order)
-            for done, size in enumerate(reads, 1):
-                num_bytes += size
-                report(done / len(order), f"{num_bytes / 1e9:.2f} GB")
-    finally:
-        reader.close()
+    with TensorFiles(folder) as files, ThreadPoolExecutor(num_readers, thread_name_prefix="weights") as pool:
+        check(files, targets, config.num_layers)
+        order = sorted((name for name, target in targets.items() if target.into is not None),
+                       key=lambda name: (files.file_of(name), name))  # fmt: skip
+        for done, size in enumerate(pool.map(lambda name: _fill(files, name, targets[name]), order), 1):
+            num_bytes += size
+            report(done / len(order), f"{num_bytes / 1e9:.2f} GB")
     seconds = time.perf_counter() - began
     return (
-        f"weights: read {num_bytes / 1e9:.2f} GB in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s), "
-        f"{weights.num_bytes / 1e9:.2f} GB resident"
+        f"weights: read {num_bytes / 1e9:.2f} GB in {seconds:.1f} s ({num_bytes / 1e9 / seconds:.2f} GB/s) with "
+        f"{num_readers} readers, {weights.num_bytes / 1e9:.2f} GB resident"
     )
 
 
-def fill(name: str, target: Target, read: Callable[[str], torch.Tensor], config: ModelConfig) -> int:
-    """Read one tensor, check it, and copy this rank's part into place. Returns the bytes read."""
-    tensor = read(name)
-    if tuple(tensor.shape) != target.shape:
-        raise CheckpointError(f"{name} must have shape {list(target.shape)}, got {list(tensor.shape)}.")
-    size = tensor.numel() * tensor.element_size()
-    if target.quantised and config.is_fp8:
-        scale_name = name + SCALE_SUFFIX
-        _expect_dtype(name, tensor, torch.float8_e4m3fn)
-        scale, form = read(scale_name), Fp8Block()
-        _expect_dtype(scale_name, scale, torch.float32)
-        rows, columns = target.shape
-        if tuple(scale.shape) != form.scale_shape(rows, columns):
-            expected = list(form.scale_shape(rows, columns))
-            raise CheckpointError(f"{scale_name} must have shape {expected}, got {list(scale.shape)}.")
-        target.into.copy_(dequantise(*form.cut(tensor, scale, *target.parts)))
-        return size + scale.numel() * 4
-    _expect_dtype(name, tensor, *PLAIN[:: -1 if target.widens else 1])
-    target.into.copy_(tensor[tuple(slice(part.start, part.stop) for part in target.parts)])
-    return size
-
-
-def _expect_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
-    if tensor.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise CheckpointError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}.")
+def _fill(files: TensorFiles, name: str, target: Target) -> int:
+    """Read this rank's part of a weight and put it in place. Returns the bytes read."""
+    assert target.into is not None
+    if target.form is None:
+        value = files.read(name, target.parts)
+        target.into.copy_(value)
+        return value.nbytes
+    rows, columns = target.parts
+    found = target.form.read(lambda suffix, *parts: files.read(name + suffix, parts), rows, columns)
+    if isinstance(found, Fp8Slice):
+        target.into.copy_(found.dequantise())
+        return found.weight.nbytes + found.scale.nbytes
+    target.into.copy_(found)
+    return found.nbytes
 
 
 def dummy(weights: ModelWeights, seed: int) -> None:

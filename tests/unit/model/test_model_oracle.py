@@ -13,7 +13,7 @@ from tests.support.checkpoint import M2_LIKE, SMALL, Shape, write_random_checkpo
 
 from saddle.kernels import moe, norm_rope
 from saddle.model import m2
-from saddle.model import weights as w
+from saddle.model.formats import Fp8Slice
 from saddle.model.m2 import MiniMaxM2
 
 TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
@@ -109,11 +109,10 @@ def bias_in_the_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def scales_shifted(patch: pytest.MonkeyPatch) -> None:
-    def wrong(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        stored = {"w": weight, "w_scale_inv": scale}
-        return support.dequantised(stored, shift=64)["w"]
+    def wrong(self: Fp8Slice) -> torch.Tensor:
+        return support.dequantised({"w": self.weight, "w_scale_inv": self.scale}, shift=64)["w"]
 
-    patch.setattr(w, "dequantise", wrong)
+    patch.setattr(Fp8Slice, "dequantise", wrong)
 
 
 Fault = Callable[[pytest.MonkeyPatch], None]
