@@ -70,7 +70,7 @@ def build(work: list[RowWork], rows: Rows) -> Batch:
         block_tables=rows.block_tables[row_index],
         query_starts=query_starts,
         context_lens=(computed + length_index).to(torch.int32),
-        logit_index=torch.tensor(_logit_tokens(work, last_tokens, scored), device=device),
+        logit_index=torch.tensor(_logit_tokens(work, last_tokens, scored), dtype=torch.int64, device=device),
         max_query_len=longest,
         max_context_len=max(context for _, context in bounds),
         row_bounds=bounds,
