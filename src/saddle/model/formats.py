@@ -20,7 +20,7 @@ ReadSlice = Callable[[str, Slice, Slice], torch.Tensor]  # suffix of the tensor'
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One tensor of a stored weight: the end of its name, its shape, and the dtypes it may have (safetensors' names)."""
+    """One tensor of a stored weight: the end of its name, its shape, the dtypes it may have (in safetensors' words)."""
 
     suffix: str
     shape: tuple[int, ...]
