@@ -231,16 +231,23 @@ class EngineClient:
         return self.state.dead or ""
 
     async def stop(self, timeout_s: float = 10.0) -> None:
-        """End the engine process: in good order, or by force after `timeout_s`. Open streams end with an error."""
+        """End the engine process: in good order, or by force after `timeout_s` or while it loads.
+
+        Open streams end with an error.
+        """
         self._stopping = True
-        if not self._died.is_set():
+        if self._died.is_set():
+            return
+        if self.state.ready is None:
+            self._child.process.kill()
+        else:
             self._send(Shutdown())
-            try:
-                await asyncio.wait_for(self._died.wait(), timeout_s)
-            except asyncio.TimeoutError:
-                logger.warning("The engine did not stop within %.0f s and is killed.", timeout_s)
-                self._child.process.kill()
-                await self._died.wait()
+        try:
+            await asyncio.wait_for(self._died.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            logger.warning("The engine did not stop within %.0f s and is killed.", timeout_s)
+            self._child.process.kill()
+            await self._died.wait()
 
     # inside ------------------------------------------------------------------------------------------------------
 
@@ -253,7 +260,8 @@ class EngineClient:
             raise Unavailable(f"The model is loading ({self.state.phase}).", retry_after=RETRY_AFTER_S)
 
     def _send(self, message: ToEngine) -> None:
-        self._child.socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):  # nobody is there any more; the sentinel will say so
+            self._child.socket.send(self._encoder.encode(message), zmq.NOBLOCK)
         # Sending may swallow the edge that announces a message: look again.
         self._loop.call_soon(self._receive)
 

@@ -243,6 +243,29 @@ async def test_stop_ends_open_streams_and_kills_an_engine_that_hangs() -> None:
     assert client._child.process.exitcode == -signal.SIGKILL
 
 
+async def test_stop_does_not_wait_for_an_engine_that_loads(folder: Path) -> None:
+    client = await EngineClient.start(engine_builds.build_slowly)
+    await eventually(lambda: client.state.phase == "loading")
+    began = time.monotonic()
+    await client.stop()
+    assert time.monotonic() - began < 1.0
+    with pytest.raises(EngineDead, match="The engine was stopped"):
+        await client.wait_ready()
+    assert is_empty(folder)
+
+
+async def test_a_submit_before_the_death_is_noticed() -> None:
+    async with running() as client:
+        process = psutil.Process(pid_of(client))
+        process.kill()
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)  # noqa: ASYNC251: the event loop must not see it yet
+        assert client.state.dead is None
+        client.reset_cache()
+        with pytest.raises(Unavailable, match="SIGKILL"):
+            await asyncio.wait_for(client.submit(request("a", PROMPT)), 1.0)
+
+
 async def test_an_idle_engine_does_not_spin() -> None:
     async with running() as client:
         await read(await client.submit(request("a", PROMPT, 20)))

@@ -317,9 +317,10 @@ def test_a_long_prompt_is_not_overtaken(plans: int) -> None:
 
 @in_flight
 @pytest.mark.parametrize("priority", [-1, 1])
-def test_decoding_rows_eat_the_memory_of_a_prompt_under_way(plans: int, priority: int) -> None:
+@pytest.mark.parametrize("caching", [True, False])
+def test_decoding_rows_eat_the_memory_of_a_prompt_under_way(plans: int, priority: int, caching: bool) -> None:
     """It is the victim if it comes last; else it waits for memory, and rows of the plan are left alone."""
-    made = bench(plans_in_flight=plans, num_blocks=19, max_num_batched_tokens=4, policy="priority")
+    made = bench(plans_in_flight=plans, num_blocks=19, max_num_batched_tokens=4, policy="priority", caching=caching)
     made.submit(request("a", [2] * 6, 24), request("b", [3] * 6, 24))
     for _ in range(6):
         made.step()
