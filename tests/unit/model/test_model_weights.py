@@ -278,10 +278,9 @@ def test_peak_memory_is_the_model_and_a_tensor_per_reader(tmp_path: Path) -> Non
     write_random_checkpoint(tmp_path, shape, fp8=True)
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, resident = map(int, done.stdout.splitlines()[-1].split())
-    # A reader holds at most the largest tensor as float32, its bytes, and a page or two of bookkeeping.
-    largest = max(8192 * 2048 * 2, 2048 * 2048 * 5)
+    largest = max(8192 * 2048 * 2, 2048 * 2048 * 5)  # a tensor as stored, or its bytes and its float32 value
     assert resident > 150e6
-    assert 0.9 * resident < peak < resident + w.NUM_READERS * largest + 8e6
+    assert 0.9 * resident < peak < resident + w.NUM_READERS * largest
 
 
 def test_progress_and_rate(folder: Path) -> None:
