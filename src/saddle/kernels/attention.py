@@ -93,7 +93,7 @@ def plan(
             order, tokens = torch.tensor([rows, [starts[row] for row in rows]], device=positions.device).unbind(0)
             tables, lens = block_tables.index_select(0, order), context_lens.index_select(0, order)
         blocks = [-(-bounds[row][1] // block_size) for row in rows]
-        budget = GROUP_NUMBERS.get(positions.device.type, GROUP_NUMBERS["cuda"]) // per_block
+        budget = GROUP_NUMBERS["cpu" if positions.device.type == "cpu" else "cuda"] // per_block
         decodes = _decode_groups(tables, lens, blocks, budget, kv_heads, block_size, dtype)
     prompts, start, widest = [], 0, 0
     for row, (length, context) in enumerate(bounds):
