@@ -65,9 +65,11 @@ class MiniMaxM2:
             kv: from `allocate_kv`.
 
         Returns:
-            Logits [S, vocab] float32 of the tokens in `inputs.logit_index`.
+            Logits [S, vocab] float32 of the tokens in `inputs.logit_index`; [0, vocab] for a step without tokens.
         """
         weights, eps = self.weights, self.config.rms_norm_eps
+        if len(inputs.token_ids) == 0:
+            return torch.empty(0, weights.lm_head.shape[1], device=weights.lm_head.device)
         step = self._prepare(inputs, kv)
         x = F.embedding(inputs.token_ids, weights.embed)
         for layer, layer_kv in zip(weights.layers, kv.unbind(0), strict=True):

@@ -98,8 +98,14 @@ class Sequences:
         self.lens: dict[str, int] = {}
 
     @torch.inference_mode()
-    def step(self, work: dict[str, Sequence[int]], exact: bool = True, all_logits: bool = False) -> torch.Tensor:
-        """Compute new tokens of some rows; logits of the last token of each, or of all tokens.
+    def step(
+        self,
+        work: dict[str, Sequence[int]],
+        exact: bool = True,
+        all_logits: bool = False,
+        logit_index: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Compute new tokens of some rows; logits of the last token of each, of all tokens, or of those asked for.
 
         Args:
             exact: the host knows the lengths (as on a CPU), else only their bounds.
@@ -120,19 +126,20 @@ class Sequences:
             starts.append(len(ids))
             contexts.append(end)
             bounds.append((len(new), end))
-        widest = max(len(self.blocks[name]) for name in work) + 3
+        widest = max((len(self.blocks[name]) for name in work), default=0) + 3
         tables = [self.blocks[name] + [0] * (widest - len(self.blocks[name])) for name in work]
-        last = range(len(ids)) if all_logits else [stop - 1 for stop in starts[1:]]
+        if logit_index is None:
+            logit_index = range(len(ids)) if all_logits else [stop - 1 for stop in starts[1:]]
         inputs = StepInputs(
-            token_ids=torch.tensor(ids),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            block_tables=torch.tensor(tables),
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int64),
+            slots=torch.tensor(slots, dtype=torch.int64),
+            block_tables=torch.tensor(tables, dtype=torch.int64).view(len(work), widest),
             query_starts=torch.tensor(starts, dtype=torch.int32),
             context_lens=torch.tensor(contexts, dtype=torch.int32),
-            logit_index=torch.tensor(list(last)),
-            max_query_len=max(length for length, _ in bounds),
-            max_context_len=max(contexts) if exact else widest * self.block_size,
+            logit_index=torch.tensor(list(logit_index), dtype=torch.int64),
+            max_query_len=max((length for length, _ in bounds), default=0),
+            max_context_len=max(contexts, default=0) if exact else widest * self.block_size,
             row_bounds=bounds if exact else None,
         )
         return self.model.forward(inputs, self.kv)

@@ -144,3 +144,10 @@ def test_bfloat16_chunks() -> None:
     sequences = support.Sequences(model)
     parts = [sequences.step({"a": tokens[i : i + 10]}, all_logits=True) for i in range(0, len(tokens), 10)]
     assert support.relative_error(torch.cat(parts), expected) < 0.05
+
+
+def test_steps_without_logits_or_tokens(model: MiniMaxM2, tokens: list[int], whole: torch.Tensor) -> None:
+    sequences = support.Sequences(model)
+    assert sequences.step({"a": tokens[:100]}, logit_index=[]).shape == (0, model.config.vocab_size)
+    assert sequences.step({}).shape == (0, model.config.vocab_size)
+    assert support.relative_error(sequences.step({"a": tokens[100:]}), whole[-1:]) < TOLERANCE
