@@ -6,6 +6,7 @@ a checkpoint that would compute something else is refused with the key and the v
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ FIXED: dict[str, tuple[object, ...]] = {
     "tie_word_embeddings": (False,),
     "attention_bias": (False,),
 }
+READ = {"model_type", "attn_type_list", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "num_experts_per_tok",
+        "rms_norm_eps", "rotary_dim", "partial_rotary_factor", "rope_theta", "rope_parameters",
+        "quantization_config"}.union(FIXED, ALIASES, *ALIASES.values())  # fmt: skip
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -85,10 +90,15 @@ class ModelConfig:
         """Read `folder`/config.json; `hf_overrides` replaces keys first.
 
         Raises:
-            StartupError: the file is missing or no JSON, or as `from_dict`.
+            StartupError: the file is missing or no JSON, an override has no effect, or as `from_dict`.
         """
         path = folder / "config.json"
         raw = read_json(path)
+        for key in hf_overrides or {}:
+            if key not in READ:
+                near = difflib.get_close_matches(key, READ, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; these have one: {', '.join(sorted(READ))}."
+                raise StartupError(f"--hf-overrides: the key {key!r} has no effect{hint}")
         return cls.from_dict({**raw, **(hf_overrides or {})}, str(path))
 
     @classmethod

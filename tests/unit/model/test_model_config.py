@@ -143,6 +143,10 @@ def test_overrides_and_file_errors(tmp_path: Path) -> None:
         ModelConfig.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(M2))
     assert ModelConfig.load(tmp_path, {"num_hidden_layers": 2}).num_layers == 2
+    with pytest.raises(StartupError, match="'num_hidden_layer' has no effect; did you mean 'num_hidden_layers'"):
+        ModelConfig.load(tmp_path, {"num_hidden_layer": 2})
+    with pytest.raises(StartupError, match=r"'zzz' has no effect; these have one: .*rope_theta"):
+        ModelConfig.load(tmp_path, {"zzz": 2})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(StartupError, match="cannot be read"):
         ModelConfig.load(tmp_path)

@@ -138,6 +138,14 @@ def test_variants_load_as_the_same_weights(tmp_path: Path) -> None:
         assert all(map(torch.equal, found.tensors(), expected.tensors()))
 
 
+def test_fewer_layers_than_the_checkpoint_has(folder: Path) -> None:
+    config = ModelConfig.load(folder, {"num_hidden_layers": 1})
+    found = w.allocate(config, ParallelLayout(), torch.float32, CPU)
+    w.load(folder, config, ParallelLayout(), found, lambda share, note: None)
+    assert len(found.layers) == 1
+    assert torch.equal(found.layers[0].w2, load(folder).layers[0].w2)
+
+
 def test_bfloat16_routers_are_widened_and_float32_norms_accepted(tmp_path: Path) -> None:
     tensors = random_tensors(SHAPE, fp8=True, seed=0)
     for name, tensor in tensors.items():
