@@ -139,7 +139,7 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int)
     """Shards named as the release names them (fewer files than the name says), and the index with its odd total."""
     names = list(tensors)
     bounds = [len(names) * i // num_shards for i in range(num_shards + 1)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(num_shards):
         part = names[bounds[shard] : bounds[shard + 1]]
         file = f"model-{shard:05d}-of-{num_shards + 5:05d}.safetensors"
@@ -184,4 +184,5 @@ def write_random_checkpoint(
 def token_ids(folder: Path) -> dict[str, int]:
     """Every token of `folder`/tokenizer.json and its id."""
     raw = json.loads((folder / "tokenizer.json").read_text())
-    return raw["model"]["vocab"] | {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
+    added = {str(token["content"]): int(token["id"]) for token in raw.get("added_tokens", ())}
+    return {**raw["model"]["vocab"], **added}

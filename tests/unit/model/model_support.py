@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> MiniMaxM2:
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of every file, as stored."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in list(file.keys())}
@@ -54,7 +55,7 @@ def dequantised(stored: dict[str, torch.Tensor], shift: int = 0) -> dict[str, to
     return found
 
 
-def oracle(folder: Path) -> MiniMaxM2ForCausalLM:
+def oracle(folder: Path) -> Any:
     """transformers' model in float32 with the weights of a checkpoint, dequantised here."""
     raw = json.loads((folder / "config.json").read_text())
     for key in ("quantization_config", "dtype", "use_mtp"):
@@ -63,7 +64,9 @@ def oracle(folder: Path) -> MiniMaxM2ForCausalLM:
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta"),
                               "partial_rotary_factor": 0.5}  # fmt: skip
     raw |= {"bos_token_id": None, "eos_token_id": None}
-    model = MiniMaxM2ForCausalLM(MiniMaxM2Config(**raw, attn_implementation="eager")).eval()
+    raw |= {"attn_implementation": "eager"}
+    model = MiniMaxM2ForCausalLM(MiniMaxM2Config(**raw))
+    model.train(False)
     state = {}
     experts: dict[str, list[torch.Tensor]] = {}
     for name, tensor in sorted(dequantised(stored_tensors(folder)).items()):
@@ -100,7 +103,7 @@ class Sequences:
     @torch.inference_mode()
     def step(
         self,
-        work: dict[str, Sequence[int]],
+        work: Mapping[str, Sequence[int]],
         exact: bool = True,
         all_logits: bool = False,
         logit_index: Sequence[int] | None = None,

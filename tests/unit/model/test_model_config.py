@@ -161,7 +161,7 @@ def test_generation_config(tmp_path: Path) -> None:
         GenerationConfig.load(tmp_path)
     path.write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.5}))
     assert GenerationConfig.load(tmp_path) == GenerationConfig(eos_ids=frozenset({7, 9}), temperature=0.5)
-    for wrong in ({}, {"eos_token_id": []}, {"eos_token_id": "7"}, {"eos_token_id": [True]}, {"eos_token_id": -1}):
-        path.write_text(json.dumps(wrong))
+    for wrong in (None, [], "7", [True], -1):
+        path.write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(StartupError, match="eos_token_id must be a token id"):
             GenerationConfig.load(tmp_path)

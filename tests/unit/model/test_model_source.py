@@ -43,7 +43,7 @@ def test_hub_id_is_downloaded_without_code_or_pickles(monkeypatch: pytest.Monkey
                      "allow_patterns": ["*.json", "*.safetensors", "*.jinja"]}  # fmt: skip
 
 
-class _Response:
+class Response:
     """As much of a response as the hub's errors look at."""
 
     headers: dict[str, str] = {}
@@ -51,12 +51,15 @@ class _Response:
     status_code = 404
 
 
+RESPONSE: Any = Response()
+
+
 @pytest.mark.parametrize(("error", "message"), [
     (hub.LocalEntryNotFoundError("offline"), "cannot be reached.*local folder"),
     (OSError("no route"), "cannot be reached.*OSError"),
-    (hub.RepositoryNotFoundError("404", response=_Response()), "no such repository"),
-    (hub.GatedRepoError("403", response=_Response()), "accept its terms"),
-    (hub.RevisionNotFoundError("404", response=_Response()), "no such revision"),
+    (hub.RepositoryNotFoundError("404", response=RESPONSE), "no such repository"),
+    (hub.GatedRepoError("403", response=RESPONSE), "accept its terms"),
+    (hub.RevisionNotFoundError("404", response=RESPONSE), "no such revision"),
 ])  # fmt: skip
 def test_hub_failures(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*args: Any, **kwargs: Any) -> str:

@@ -17,6 +17,7 @@ from tests.support.checkpoint import Shape, config_json, random_tensors, save_sh
 from saddle.errors import CheckpointError
 from saddle.model import weights as w
 from saddle.model.config import ModelConfig
+from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout, Slice
 
 # Widths of one and a half scale blocks at tp 2, as M2's experts have at tp 8.
@@ -84,14 +85,14 @@ def test_ranks_hold_the_parts_of_one_process(folder: Path, dtype: torch.dtype) -
         q, kv = Slice(rank * 192, rank * 192 + 192), Slice(rank * 64, rank * 64 + 64)
         width = Slice(rank * 192, rank * 192 + 192)
         for mine, all_of_it in zip(part.layers, whole.layers, strict=True):
-            q_all, k_all, v_all = all_of_it.qkv.split([384, 128, 128], dim=-1)
+            q_all, k_all, v_all = torch.split(all_of_it.qkv, [384, 128, 128], dim=-1)
             expected = torch.cat((columns(q, q_all), columns(kv, k_all), columns(kv, v_all)), dim=-1)
             assert torch.equal(mine.qkv, expected)
             assert torch.equal(mine.q_norm, columns(q, all_of_it.q_norm))
             assert torch.equal(mine.k_norm, columns(kv, all_of_it.k_norm))
             assert torch.equal(mine.o, all_of_it.o[q.start : q.stop])
             assert torch.equal(mine.gate, all_of_it.gate)
-            w1, w3 = all_of_it.w13.split([384, 384], dim=-1)
+            w1, w3 = torch.split(all_of_it.w13, [384, 384], dim=-1)
             assert torch.equal(mine.w13, torch.cat((columns(width, w1), columns(width, w3)), dim=-1))
             assert torch.equal(mine.w2, all_of_it.w2[:, width.start : width.stop])
 
@@ -252,6 +253,7 @@ from pathlib import Path
 import torch
 from saddle.model import weights as w
 from saddle.model.config import ModelConfig
+from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
 
 def anonymous():
@@ -314,7 +316,7 @@ def test_dummy_weights_are_seeded_and_not_degenerate(tmp_path: Path) -> None:
     first, again, other = dummy(1), dummy(1), dummy(2)
     assert all(map(torch.equal, first.tensors(), again.tensors()))
     assert not torch.equal(first.embed, other.embed)
-    logits = support.Sequences(support.MiniMaxM2(config, first, 512)).step(
+    logits = support.Sequences(MiniMaxM2(config, first, 512)).step(
         {"a": support.prompt(100, SHAPE.vocab_size)}, all_logits=True)  # fmt: skip
     assert 0.5 < float(logits.std()) < 10
     assert len(set(logits.argmax(-1).tolist())) > 30
