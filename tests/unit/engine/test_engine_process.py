@@ -193,6 +193,12 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def kill_unnoticed(pid: int) -> None:
+    """The sockets learn of it, the event loop does not."""
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)
+
+
 def assert_gone_soon(pids: list[int]) -> None:
     end = time.monotonic() + 2.0
     while not all(map(is_gone, pids)):
@@ -200,14 +206,13 @@ def assert_gone_soon(pids: list[int]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("build", ["build", "build_slowly"])
-def test_kill_9_of_the_parent_ends_the_engine(folder: Path, build: str) -> None:
-    """Under load, and while it loads: when nothing reads its socket."""
+@pytest.mark.parametrize(("build", "after_s"), [("build", 0.0), ("build_slowly", 0.0), ("build_slowly", 0.8)])
+def test_kill_9_of_the_parent_ends_the_engine(folder: Path, build: str, after_s: float) -> None:
+    """Under load; before it said anything; and in the middle of `build`, when nothing reads its socket."""
     parent, pid = start_parent(build)
     children = [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
     assert pid in children
-    if build == "build_slowly":
-        time.sleep(0.8)  # the engine has imported its modules and sits in `build`
+    time.sleep(after_s)
     assert not is_gone(pid)
     parent.kill()
     parent.wait()
@@ -256,10 +261,7 @@ async def test_stop_does_not_wait_for_an_engine_that_loads(folder: Path) -> None
 
 async def test_a_submit_before_the_death_is_noticed() -> None:
     async with running() as client:
-        process = psutil.Process(pid_of(client))
-        process.kill()
-        while process.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.001)  # noqa: ASYNC251: the event loop must not see it yet
+        kill_unnoticed(pid_of(client))
         assert client.state.dead is None
         client.reset_cache()
         with pytest.raises(Unavailable, match="SIGKILL"):
@@ -270,11 +272,10 @@ async def test_an_idle_engine_does_not_spin() -> None:
     async with running() as client:
         await read(await client.submit(request("a", PROMPT, 20)))
         process = psutil.Process(pid_of(client))
-        await asyncio.sleep(0.05)
-        before = process.cpu_times()
+        await asyncio.sleep(0.1)
+        before = process.num_ctx_switches().voluntary
         await asyncio.sleep(0.5)
-        after = process.cpu_times()
-        assert after.user + after.system - before.user - before.system <= 0.02
+        assert process.num_ctx_switches().voluntary - before < 10
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ async def test_refusals_are_exceptions_by_their_status() -> None:
 async def test_abort_and_finish_end_the_stream_and_free_the_request() -> None:
     async with running() as client:
         aborted = await client.submit(request("aborted", PROMPT, LENGTH - 20))
-        finished = await client.submit(request("finished", [9, *PROMPT], LENGTH - 20))
+        finished = await client.submit(request("finished", [9] * 40, LENGTH - 50))
         await aborted.__anext__()
         await finished.__anext__()
         client.abort("aborted")
@@ -305,6 +306,7 @@ async def test_abort_and_finish_end_the_stream_and_free_the_request() -> None:
         await eventually(lambda: client.stats.num_running == 0)
         stats = client.stats
         assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+        assert stats.num_cached_blocks > 0
         client.reset_cache()
         await eventually(lambda: client.stats.num_cached_blocks == 0)
 
