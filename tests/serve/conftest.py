@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from saddle.parsing.tokenizer import Tokenizer
 from tests.serve.processes import ServerProcess
 from tests.support.tokenizer import build_tokenizer
+
+from saddle.parsing.tokenizer import Tokenizer
 
 SCRIPTED = ("-m", "tests.serve.device")
 

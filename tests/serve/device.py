@@ -1,7 +1,7 @@
 """A server with a scripted device: everything is real but the model, which does what the conversation tells it to.
 
     python -m tests.serve.device FOLDER --host H --port P [--step-s S] [--blocks N] [--max-model-len N]
-                                        [--shutdown-timeout S]
+                                        [--shutdown-timeout S] [--rows N] [--fast]
 
 The last turn of the prompt decides what is "generated":
 
@@ -62,7 +62,7 @@ def answer(prompt: str) -> str:
     return f"Easy.\n</think>\n\n{text.upper()}"
 
 
-def build(folder: Path, num_blocks: int, max_model_len: int, step_s: float,
+def build(folder: Path, num_blocks: int, max_model_len: int, step_s: float, rows: int, verify: bool,
           on_progress: ProgressFn) -> tuple[EngineCore, DeviceInfo]:  # fmt: skip
     """What the engine process runs."""
     tokenizer = Tokenizer.load(folder)
@@ -77,12 +77,12 @@ def build(folder: Path, num_blocks: int, max_model_len: int, step_s: float,
 
     executor = FakeExecutor(
         from_function(token_at), num_blocks=num_blocks, block_size=BLOCK_SIZE, max_model_len=max_model_len,
-        vocab_size=tokenizer.vocab_size, step_s=step_s,
+        vocab_size=tokenizer.vocab_size, step_s=step_s, verify=verify,
     )  # fmt: skip
     info = executor.start(on_progress)
     limits = Limits(
         num_blocks=num_blocks, block_size=BLOCK_SIZE, vocab_size=tokenizer.vocab_size, max_model_len=max_model_len,
-        max_num_seqs=64, max_num_batched_tokens=2048,
+        max_num_seqs=rows, max_num_batched_tokens=2048,
     )  # fmt: skip
     return EngineCore(executor, Scheduler(limits, frozenset([tokenizer.eos_id])), plans_in_flight=1), info
 
@@ -95,13 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--blocks", type=int, default=2048)
     parser.add_argument("--max-model-len", type=int, default=16_384)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--fast", action="store_true", help="a device that does not check what it is told")
     parser.add_argument("--shutdown-timeout", type=float, default=30.0)
     args = parser.parse_args(argv)
     log.setup()
     engine = EngineConfig(load=LoadConfig(model=str(args.folder)), cache=CacheConfig(), scheduler=SchedulerConfig())
     server = ServerConfig(host=args.host, port=args.port, served_model_names=("scripted",), access_log=False,
                           shutdown_timeout_s=args.shutdown_timeout)  # fmt: skip
-    make = functools.partial(build, args.folder, args.blocks, args.max_model_len, args.step_s)
+    make = functools.partial(build, args.folder, args.blocks, args.max_model_len, args.step_s,
+                             args.rows, not args.fast)  # fmt: skip
     return launch.serve(engine, server, make)
 
 

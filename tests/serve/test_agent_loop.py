@@ -8,9 +8,9 @@ from typing import Any
 
 import openai
 import pytest
+from tests.serve.processes import ServerProcess
 
 from saddle.parsing.tokenizer import Tokenizer
-from tests.serve.processes import ServerProcess
 
 BLOCK = 16
 TOOLS: list[Any] = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-
 from tests.serve.conftest import SCRIPTED
 from tests.serve.processes import ServerProcess
 

@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from saddle.errors import InvalidRequest, NotFound
 from saddle.metrics import CONTENT_TYPE
-from saddle.server.bodies import read, takes
+from saddle.server.bodies import ERRORS, read, takes
 from saddle.server.job import ChatPrompt, TextPrompt
 from saddle.server.replies import JSONReply
 from saddle.server.service import Service
@@ -25,6 +25,7 @@ POST /tokenize, /detokenize
 GET  /livez, /health, /ping, /version, /load, /metrics
 GET  /docs                  every field of every request
 """
+UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Loading, draining or dead; says which."}}
 
 
 def router(service: Service) -> APIRouter:
@@ -46,7 +47,7 @@ def _add_health(admin: APIRouter, service: Service) -> None:
         """200 as long as the process answers."""
         return JSONReply({"status": "alive"})
 
-    @admin.get("/health")
+    @admin.get("/health", responses=UNREADY)
     async def health() -> Response:
         """200 when requests are served; 503 while loading, draining or dead, with the phase of loading."""
         state, reason = service.client.state, service.unavailable()
@@ -59,8 +60,8 @@ def _add_health(admin: APIRouter, service: Service) -> None:
         headers = {"Retry-After": str(reason.retry_after)} if reason.retry_after is not None else None
         return JSONReply(body, status_code=503, headers=headers)
 
-    admin.add_api_route("/ping", health, methods=["GET"], operation_id="ping")
-    admin.add_api_route("/ping", health, methods=["POST"], operation_id="ping_by_post")
+    admin.add_api_route("/ping", health, methods=["GET"], operation_id="ping", responses=UNREADY)
+    admin.add_api_route("/ping", health, methods=["POST"], operation_id="ping_by_post", responses=UNREADY)
 
     @admin.get("/version")
     async def version() -> Response:
@@ -71,7 +72,7 @@ def _add_health(admin: APIRouter, service: Service) -> None:
         """Requests being admitted or answered."""
         return JSONReply({"server_load": service.num_in_flight})
 
-    @admin.get("/metrics")
+    @admin.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.expose(), media_type=CONTENT_TYPE)
 
@@ -88,11 +89,11 @@ def _add_models(admin: APIRouter, service: Service) -> None:
             "max_model_len": service.facts().max_model_len,
         }
 
-    @admin.get("/v1/models")
+    @admin.get("/v1/models", responses=ERRORS)
     async def models() -> Response:
         return JSONReply({"object": "list", "data": [card(name) for name in service.model_names]})
 
-    @admin.get("/v1/models/{name:path}")
+    @admin.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> Response:
         if name not in service.model_names:
             raise NotFound(f"The model `{name}` does not exist.", param="model")
@@ -100,7 +101,7 @@ def _add_models(admin: APIRouter, service: Service) -> None:
 
 
 def _add_tokens(admin: APIRouter, service: Service) -> None:
-    @admin.post("/tokenize", openapi_extra=takes(TokenizeBody))
+    @admin.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         facts = service.facts()
         body = await read(request, TokenizeBody)
@@ -110,7 +111,7 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         return JSONReply({"count": len(ids), "max_model_len": facts.max_model_len, "tokens": ids,
                           "token_strs": strings})  # fmt: skip
 
-    @admin.post("/detokenize", openapi_extra=takes(DetokenizeBody))
+    @admin.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         facts = service.facts()
         body = await read(request, DetokenizeBody)

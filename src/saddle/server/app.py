@@ -11,7 +11,7 @@ from starlette.responses import Response
 from saddle.config import ServerConfig
 from saddle.errors import RequestError
 from saddle.server import admin, openai, openai_text
-from saddle.server.bodies import read, takes
+from saddle.server.bodies import STREAMED, read, takes
 from saddle.server.gate import Gate
 from saddle.server.openai_parts import TokenNames
 from saddle.server.replies import JSONReply, error_reply, request_error_reply, sanitised
@@ -21,7 +21,6 @@ from saddle.server.wire_openai import ChatBody, CompletionBody
 from saddle.version import VERSION
 
 CLIENT_CLOSED = 499  # nobody reads it; the access log does
-STREAMED = {"description": "A JSON object, or server-sent events with `stream: true`."}
 
 
 def build_app(service: Service, config: ServerConfig) -> FastAPI:
@@ -41,7 +40,7 @@ def openai_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
     config = service.config
 
-    @router.post("/v1/chat/completions", responses={200: STREAMED}, openapi_extra=takes(ChatBody))
+    @router.post("/v1/chat/completions", responses=STREAMED, openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         facts = service.facts()
         asked = openai.to_request(await read(request, ChatBody), facts, request.state.request_id)
@@ -53,7 +52,7 @@ def openai_router(service: Service) -> APIRouter:
         choices = await whole(request.receive, generation)
         return JSONReply(openai.to_response(asked, names, generation.prompts, choices, config.reasoning_field))
 
-    @router.post("/v1/completions", responses={200: STREAMED}, openapi_extra=takes(CompletionBody))
+    @router.post("/v1/completions", responses=STREAMED, openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Response:
         facts = service.facts()
         asked = openai_text.to_request(await read(request, CompletionBody), facts, request.state.request_id)

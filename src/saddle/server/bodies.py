@@ -33,6 +33,43 @@ async def read(request: Request, model: type[Body]) -> Body:
         raise InvalidRequest(message, param=param) from None
 
 
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "dotted path of the field at fault"},
+                "code": {"type": "integer", "description": "the HTTP status"},
+            },
+        }
+    },
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": what, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    for status, what in (
+        (400, "A field is wrong or asks for what this version does not do."),
+        (401, "No valid API key."),
+        (404, "No such model."),
+        (413, "The body is too large."),
+        (429, "The queue is full: try again after Retry-After seconds."),
+        (500, "The request failed."),
+        (503, "Loading, draining, or the engine is gone."),
+    )
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A JSON object; with `stream: true` server-sent events that end in `[DONE]`.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    },
+    **ERRORS,
+}
+
+
 def takes(model: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route: it takes this body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(model)}}}}

@@ -232,7 +232,7 @@ class Generation:
         if stopped is not None:
             backend.client.finish(choice.request_id, *stopped)
         elif self.job.parse and last.finish_reason is FinishReason.STOP:
-            backend.replay.remember(choice.parser.generated_text, choice.parser.generated_ids)
+            backend.replay.remember(choice.parser.turn())
         self._observe(choice, last)
 
     def _observe(self, choice: Choice, done: Done) -> None:

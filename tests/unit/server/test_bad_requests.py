@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.unit.server.harness import running, words
 
 from saddle.parsing.tokenizer import Tokenizer
-from tests.unit.server.harness import running, words
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -22,7 +22,8 @@ CASES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"messages": ["hi"]}, 400, "messages.0", "an object"),
     (CHAT, {"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role", "robot"),
     (CHAT, {"messages": [{"content": "hi"}]}, 400, "messages.0.role", "role"),
-    (CHAT, {"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}, 400, None, "tool"),
+    (CHAT, {"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}, 400, "messages.0.role",
+     "no assistant message"),
     (CHAT, {"messages": HI, "model": "gpt-4"}, 404, "model", "Valid names: `saddle-test`"),
     (CHAT, {"messages": HI, "temperature": 2.5}, 400, "temperature", "between 0 and 2"),
     (CHAT, {"messages": HI, "temperature": "hot"}, 400, "temperature", "valid number"),

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from tests.unit.server.harness import NAME, Harness, running, words
 
 from saddle.config import ServerConfig
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, TokenDelta, TokenLogprobs, TokenRequest
-from tests.unit.server.harness import NAME, Harness, running, words
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -292,7 +292,8 @@ async def test_truncated_thinking_has_no_content(tokenizer: Tokenizer) -> None:
 async def test_failure_in_the_middle(tokenizer: Tokenizer) -> None:
     def script(request: TokenRequest) -> Iterable[TokenDelta]:
         yield TokenDelta(request_id=request.request_id, token_ids=tokenizer.encode("</think>abc"))
-        yield TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error="The step failed.")
+        error = "The step failed: /opt/x/run.py at 0x7f"
+        yield TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error)
 
     async with running(tokenizer, script) as server:
         frames = await server.frames(CHAT, {"messages": HI})
@@ -300,9 +301,9 @@ async def test_failure_in_the_middle(tokenizer: Tokenizer) -> None:
         _, page = await server.get("/metrics")
     assert frames[-1] == "[DONE]"
     assert json.loads(frames[-2])["error"] == {
-        "message": "The step failed.", "type": "InternalServerError", "param": None, "code": 500,
+        "message": "The step failed: ……", "type": "InternalServerError", "param": None, "code": 500,
     }  # fmt: skip
-    assert (status, reply["error"]["message"]) == (500, "The step failed.")
+    assert (status, reply["error"]["message"]) == (500, "The step failed: ……")
     assert f'saddle:request_success_total{{engine="0",finished_reason="error",model_name="{NAME}"}} 2.0' in page
 
 

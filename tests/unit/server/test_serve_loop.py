@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from tests.unit.server.harness import NAME, FakeClient, running, until, words
 
 from saddle.config import ServerConfig
 from saddle.errors import StartupError
@@ -25,7 +28,6 @@ from saddle.protocol import EngineStats, FinishReason, TokenDelta
 from saddle.server.app import build_app
 from saddle.server.serve import address, listen, report_line, serve
 from saddle.server.service import Service
-from tests.unit.server.harness import NAME, FakeClient, running, until, words
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -209,3 +211,43 @@ async def test_answers_are_not_delayed_by_the_network_stack(tokenizer: Tokenizer
                 await server.post("/tokenize", {"prompt": "a"})
             slowest.append(time.monotonic() - began)
     assert min(slowest) < 0.3
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """(key, certificate) for 127.0.0.1, signed by itself."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    return key, certificate
+
+
+async def test_tls(tokenizer: Tokenizer, certificate: tuple[Path, Path]) -> None:
+    files = {"ssl_keyfile": str(certificate[0]), "ssl_certfile": str(certificate[1])}
+    server = Running(tokenizer, words(tokenizer, "</think>", "safe"), **files)
+    assert server.base.startswith("https://127.0.0.1:")
+    trusted = ssl.create_default_context(cafile=str(certificate[1]))
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as http,
+        http.post(server.base + CHAT, json=HI) as reply,
+    ):
+        assert '"content":"safe"' in await reply.text()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(server.task, 3) == 0
+
+
+async def test_unix_socket_serves_and_goes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    server = Running(tokenizer, words(tokenizer, "</think>", "local"), uds=str(path))
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as http,
+        http.post("http://saddle" + CHAT, json=HI) as reply,
+    ):
+        assert '"content":"local"' in await reply.text()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(server.task, 3) == 0
+    assert not path.exists()
