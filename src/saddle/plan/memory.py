@@ -16,6 +16,18 @@ GIB = 1 << 30
 CPU_SHARE, CPU_MOST = 0.25, 4 * GIB
 
 
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """KV memory of one rank in bytes, and why."""
+
+    num_bytes: int
+    reason: str
+
+    @property
+    def decision(self) -> Decision:
+        return Decision("kv_cache_memory_bytes", self.num_bytes, self.reason)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCapacity:
     """Blocks, the context they were checked for, and how both came about."""
@@ -25,20 +37,34 @@ class KVCapacity:
     decisions: tuple[Decision, ...]
 
 
-def cpu_kv_bytes(available_bytes: int, asked_bytes: int | None) -> Decision:
-    """KV memory on a CPU."""
+def gib(num_bytes: int) -> str:
+    """Bytes as a person reads them: GiB, MiB where that would be 0."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / (1 << 20):.2f} MiB"
+
+
+def cpu_kv_bytes(available_bytes: int, asked_bytes: int | None) -> KVBudget:
+    """KV memory on a CPU.
+
+    Args:
+        available_bytes: memory that is free, the weights being there already.
+
+    Raises:
+        StartupError: more is asked for than is free.
+    """
     if asked_bytes is not None:
-        return Decision("kv_cache_memory_bytes", asked_bytes, "--kv-cache-memory-bytes")
+        if asked_bytes > available_bytes:
+            raise StartupError(f"--kv-cache-memory-bytes must be at most {available_bytes}, the memory that is free "
+                               f"beside the weights, got {asked_bytes}.")  # fmt: skip
+        return KVBudget(asked_bytes, "--kv-cache-memory-bytes")
     share = int(available_bytes * CPU_SHARE)
     if share <= CPU_MOST:
-        return Decision("kv_cache_memory_bytes", share, f"{CPU_SHARE:.0%} of {available_bytes / GIB:.1f} GiB free")
-    reason = f"the most by default on a CPU, {available_bytes / GIB:.1f} GiB are free"
-    return Decision("kv_cache_memory_bytes", CPU_MOST, reason)
+        return KVBudget(share, f"{CPU_SHARE:.0%} of the {gib(available_bytes)} that are free")
+    return KVBudget(CPU_MOST, f"the most by default on a CPU, {gib(available_bytes)} are free")
 
 
 def gpu_kv_bytes(
     total_bytes: int, share: float, weight_bytes: int, step_bytes: int, asked_bytes: int | None
-) -> Decision:
+) -> KVBudget:
     """KV memory on one GPU.
 
     Args:
@@ -47,20 +73,21 @@ def gpu_kv_bytes(
         weight_bytes, step_bytes: what the weights and one step's work space take.
 
     Raises:
-        StartupError: the weights alone take more than the share.
+        StartupError: weights and work space leave nothing, or less than is asked for.
     """
+    held = weight_bytes + step_bytes
     if asked_bytes is not None:
-        return Decision("kv_cache_memory_bytes", asked_bytes, "--kv-cache-memory-bytes")
-    left = int(total_bytes * share) - weight_bytes - step_bytes
+        if asked_bytes > total_bytes - held:
+            raise StartupError(f"--kv-cache-memory-bytes must be at most {max(total_bytes - held, 0)}, what weights "
+                               f"and work space leave of {gib(total_bytes)}, got {asked_bytes}.")  # fmt: skip
+        return KVBudget(asked_bytes, "--kv-cache-memory-bytes")
+    left = int(total_bytes * share) - held
     if left <= 0:
         raise StartupError(
-            f"The weights ({weight_bytes / GIB:.1f} GiB) and a step's work space ({step_bytes / GIB:.1f} GiB) leave "
-            f"nothing for KV memory of {share:.0%} of {total_bytes / GIB:.1f} GiB. Raise --gpu-memory-utilization or "
-            "use more or larger GPUs."
+            f"The weights ({gib(weight_bytes)}) and a step's work space ({gib(step_bytes)}) leave nothing for KV "
+            f"memory of {share:.0%} of {gib(total_bytes)}. Raise --gpu-memory-utilization or use more or larger GPUs."
         )
-    rest = (weight_bytes + step_bytes) / GIB
-    reason = f"{share:.0%} of {total_bytes / GIB:.1f} GiB, less {rest:.1f} GiB for weights and work space"
-    return Decision("kv_cache_memory_bytes", left, reason)
+    return KVBudget(left, f"{share:.0%} of {gib(total_bytes)}, less {gib(held)} for weights and work space")
 
 
 def kv_capacity(
@@ -82,25 +109,33 @@ def kv_capacity(
     Raises:
         StartupError: the context does not fit; names the largest that would, and the memory that this one needs.
     """
-    fits = kv_bytes // (bytes_per_token * block_size) * block_size
+    block_bytes = bytes_per_token * block_size
+    fits = kv_bytes // block_bytes * block_size
     if asked_len is not None and asked_len > checkpoint_len:
         raise StartupError(f"--max-model-len must be at most {checkpoint_len}, the checkpoint's, got {asked_len}.")
     if asked_len == 0:
-        length = Decision("max_model_len", min(fits, checkpoint_len), "the largest that fits")
+        length, why = min(fits, checkpoint_len), "the largest that fits"
     elif asked_len is None:
-        length = Decision("max_model_len", checkpoint_len, "the checkpoint's max_position_embeddings")
+        length, why = checkpoint_len, "the checkpoint's max_position_embeddings"
     else:
-        length = Decision("max_model_len", asked_len, "--max-model-len")
-    wanted = int(str(length.value))
-    if wanted > fits or wanted == 0:
-        needed = -(-max(wanted, block_size) // block_size) * block_size * bytes_per_token
+        length, why = asked_len, "--max-model-len"
+    if fits == 0:
         raise StartupError(
-            f"A context of {max(wanted, block_size)} tokens needs {needed / GIB:.2f} GiB of KV memory, there are "
-            f"{kv_bytes / GIB:.2f} GiB. The largest that fits is --max-model-len {fits}; or give more with "
+            f"One block of {block_size} tokens needs {gib(block_bytes)} of KV memory, there are {gib(kv_bytes)}. Give "
+            "more with --kv-cache-memory-bytes or --gpu-memory-utilization."
+        )
+    blocks_a_row = -(-length // block_size)
+    if blocks_a_row * block_size > fits:
+        raise StartupError(
+            f"A context of {length} tokens needs {gib(blocks_a_row * block_bytes)} of KV memory, there are "
+            f"{gib(kv_bytes)}. The largest that fits is --max-model-len {fits}; or give more with "
             "--kv-cache-memory-bytes or --gpu-memory-utilization."
         )
-    useful = max_num_seqs * -(-wanted // block_size)
+    useful = max_num_seqs * blocks_a_row
     num_blocks = min(fits // block_size, useful)
-    reason = f"{max_num_seqs} rows of {wanted} tokens use no more" if num_blocks == useful else "what fits"
-    blocks = Decision("num_blocks", num_blocks, f"{reason}; {block_size} tokens each, {num_blocks * block_size} in all")
-    return KVCapacity(num_blocks=num_blocks, max_model_len=wanted, decisions=(length, blocks))
+    reason = f"{max_num_seqs} rows of {length} tokens use no more" if num_blocks == useful else "what fits"
+    decisions = (
+        Decision("max_model_len", length, why),
+        Decision("num_blocks", num_blocks, f"{reason}; {block_size} tokens each, {num_blocks * block_size} in all"),
+    )
+    return KVCapacity(num_blocks=num_blocks, max_model_len=length, decisions=decisions)

@@ -5,6 +5,7 @@ Most requests do nothing here, so state exists only for rows that ask, and a ste
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -12,51 +13,82 @@ import torch
 from saddle.protocol import RowAdmit, SamplingParams
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class BadWords:
+    """Forbidden sequences of one length: the last id is banned where the row ends with the others.
+
+    heads  [n, length - 1] int64
+    lasts  [n] int64
+    """
+
+    heads: torch.Tensor
+    lasts: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
 class RowEdits:
     """One row's edits; None where the request does not ask.
 
     bias_ids, bias   logit_bias
-    banned     [V] bool: outside allowed_token_ids
-    bad_words  sequences of two and more ids; the last id is banned after the others
+    banned     [V] bool: outside allowed_token_ids, and bad words of one id
+    bad_words  the longer ones
     until_min  ids that must not come before `min_tokens`
-    in_prompt, counts  [V] bool and [V] float32: for the penalties
+    in_prompt, counts  [V] bool and [V] float32, for the penalties; `counts` grows with every id drawn
     """
 
     bias_ids: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     banned: torch.Tensor | None = None
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    bad_words: tuple[BadWords, ...] = ()
     until_min: torch.Tensor | None = None
     in_prompt: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        given = (self.bias, self.banned, self.until_min, self.counts)
+        return not self.bad_words and all(one is None for one in given)
 
 
 def edits_of(admit: RowAdmit, vocab_size: int, eos_ids: frozenset[int], device: torch.device) -> RowEdits | None:
     """The edits that a request asks for, None for most."""
     params = admit.params
-    edits = RowEdits()
+
+    def ids(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    edits = RowEdits(bad_words=_bad_words(params, device))
     if params.logit_bias:
-        edits.bias_ids = torch.tensor(list(params.logit_bias), device=device)
+        edits.bias_ids = ids(list(params.logit_bias))
         edits.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
     single = [word[0] for word in params.bad_words_ids if len(word) == 1]
     if params.allowed_token_ids is not None or single:
         edits.banned = torch.full((vocab_size,), params.allowed_token_ids is not None, device=device)
         if params.allowed_token_ids is not None:
-            edits.banned[torch.tensor(params.allowed_token_ids, device=device)] = False
-        if single:
-            edits.banned[torch.tensor(single, device=device)] = True
-    edits.bad_words = tuple(word for word in params.bad_words_ids if len(word) > 1)
-    stops = {*params.stop_token_ids, *eos_ids}
+            edits.banned[ids(list(params.allowed_token_ids))] = False
+        edits.banned[ids(single)] = True
+    # Ids that cannot come need no ban, and EOS does not stop a request that ignores it.
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)} & set(range(vocab_size))
     if params.min_tokens and stops:
-        edits.until_min = torch.tensor(sorted(stops), device=device)
+        edits.until_min = ids(sorted(stops))
     if params.has_penalties:
-        prompt = torch.tensor(admit.token_ids[: admit.num_prompt], device=device)
-        output = torch.tensor(admit.token_ids[admit.num_prompt :], dtype=torch.int64, device=device)
         edits.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        edits.in_prompt[prompt] = True
+        edits.in_prompt[ids(admit.token_ids[: admit.num_prompt])] = True
+        output = ids(admit.token_ids[admit.num_prompt :])
         edits.counts = torch.bincount(output, minlength=vocab_size).to(torch.float32)
-    return None if edits == RowEdits() else edits
+    return None if edits.is_empty else edits
+
+
+def _bad_words(params: SamplingParams, device: torch.device) -> tuple[BadWords, ...]:
+    by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for word in params.bad_words_ids:
+        by_length[len(word)].append(word)
+    found = []
+    for length, words in by_length.items():
+        if length > 1:
+            table = torch.tensor(words, dtype=torch.int64, device=device)
+            found.append(BadWords(table[:, :-1], table[:, -1]))
+    return tuple(found)
 
 
 def apply(
@@ -69,13 +101,13 @@ def apply(
         num_output: how many of them were generated.
     """
     if edits.bias_ids is not None and edits.bias is not None:
-        logits[edits.bias_ids] += edits.bias
+        logits.index_add_(0, edits.bias_ids, edits.bias)
     if edits.banned is not None:
         logits.masked_fill_(edits.banned, -torch.inf)
-    for word in edits.bad_words:
-        _ban_completion(logits, word, written)
+    for words in edits.bad_words:
+        _ban_completions(logits, words, written)
     if edits.until_min is not None and num_output < params.min_tokens:
-        logits[edits.until_min] = -torch.inf
+        logits.index_fill_(0, edits.until_min, -torch.inf)
     if edits.in_prompt is not None and edits.counts is not None:
         penalise(logits, edits.in_prompt, edits.counts, params)
 
@@ -84,20 +116,31 @@ def penalise(logits: torch.Tensor, in_prompt: torch.Tensor, counts: torch.Tensor
     """Repetition penalty on ids of prompt and output; presence and frequency penalties on ids of the output."""
     came = counts > 0
     if params.repetition_penalty != 1.0:
-        factor = torch.where(came | in_prompt, params.repetition_penalty, 1.0)
-        logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
-    logits -= params.presence_penalty * came + params.frequency_penalty * counts
+        repeated = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits.copy_(torch.where(came | in_prompt, repeated, logits))
+    if params.presence_penalty:
+        logits.sub_(came.to(logits.dtype), alpha=params.presence_penalty)
+    if params.frequency_penalty:
+        logits.sub_(counts, alpha=params.frequency_penalty)
 
 
-def _ban_completion(logits: torch.Tensor, word: tuple[int, ...], written: torch.Tensor) -> None:
-    head = torch.tensor(word[:-1], device=written.device)
-    if len(written) >= len(head):
-        follows = (written[-len(head) :] == head).all()
-        logits[word[-1]] = torch.where(follows, -torch.inf, logits[word[-1]])
+def _ban_completions(logits: torch.Tensor, words: BadWords, written: torch.Tensor) -> None:
+    length = words.heads.shape[1]
+    if len(written) >= length:
+        follows = (words.heads == written[-length:]).all(-1)
+        # Added, not set: two words may end with the same id.
+        logits.index_add_(0, words.lasts, torch.where(follows, -torch.inf, 0.0))
 
 
 def mask_bits(bits: bytes, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """[V] bool: True for the ids whose bit is set (little-endian bits, see `StepMask`)."""
+    """[V] bool: True for the ids whose bit is set (little-endian bits, see `StepMask`).
+
+    Raises:
+        ValueError: there are not as many bits as the vocabulary needs.
+    """
+    needed = 4 * -(-vocab_size // 32)
+    if len(bits) != needed:
+        raise ValueError(f"a mask of {vocab_size} ids has {needed} bytes, got {len(bits)}")
     packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8).to(device)
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     return ((packed.unsqueeze(1) >> shifts) & 1).flatten()[:vocab_size].to(torch.bool)

@@ -14,26 +14,36 @@ MASK = 0xFFFFFFFF
 
 def mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble 32-bit values held in int64; a bijection."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & MASK
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(MASK)
+    x = x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(MASK)
+    return x.bitwise_xor_(x >> 16)
 
 
-def gumbel(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise for each candidate: argmax(logits + noise) samples from softmax(logits).
+def keys_of(seed: int) -> torch.Tensor:
+    """[2] int64: two keys of 32 bits; all 64 bits of the seed count in both."""
+    low, high = torch.tensor([seed & MASK, (seed >> 32) & MASK]).unbind()
+    return torch.stack((mix(mix(low ^ 0x9E3779B9) ^ high), mix(mix(high ^ 0x85EBCA6B) ^ low)))
+
+
+def uniform(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in (0, 1), odd multiples of 2^-33, all different within a row.
 
     Args:
-        seeds: [S] int64, all 64 bits count.
-        positions: [S] int64, the position that the token will take.
+        keys: [S, 2] int64, rows from `keys_of`.
+        positions: [S] int64, the position that the token will take, below 2^32.
         token_ids: [S, K] int64.
 
     Returns:
         [S, K] float64.
     """
-    key = mix(mix((seeds & MASK) ^ 0x9E3779B9) ^ ((seeds >> 32) & MASK))
-    key = mix(key ^ (positions & MASK)).unsqueeze(1)
-    bits = mix(mix(token_ids ^ key) ^ mix(key ^ 0x85EBCA6B))
-    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(uniform))
+    first, second = mix(keys ^ positions.unsqueeze(1)).chunk(2, dim=1)
+    bits = mix(mix(token_ids ^ first) ^ second)
+    return bits.to(torch.float64).add_(0.5).mul_(2.0**-32)
+
+
+def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for each candidate: argmax(logits + noise) samples from softmax(logits).
+
+    Arguments and result as `uniform`.
+    """
+    return uniform(keys, positions, token_ids).log_().neg_().log_().neg_()

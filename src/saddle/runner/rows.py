@@ -7,11 +7,39 @@ computed) is mirrored on the host: plans run in order, so both sides add up the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from saddle.protocol import RowAdmit, RowWork, SamplingParams
+from saddle.runner.random import keys_of
 
 GREEDY = SamplingParams(temperature=0.0)
+
+
+def upload(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """[n] int64 on the device, without waiting for what it is busy with.
+
+    A GPU reads from pinned memory, which torch gives out again only when the copy is done: nothing that a plan in
+    flight reads is overwritten.
+    """
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a plan's work does to the rows before a step reads them; lists for one upload.
+
+    table_index   places in the flattened block tables, and `block_ids` that go there
+    num_cached    tokens skipped by each row, in the order of the work; empty if none skips any
+    """
+
+    table_index: list[int]
+    block_ids: list[int]
+    num_cached: list[int]
 
 
 class Rows:
@@ -20,61 +48,76 @@ class Rows:
     token_ids     [rows, max_len + 1] int64   prompt and generated ids; the last column takes the id after the end
     num_computed  [rows] int64                tokens whose KV is written
     block_tables  [rows, max_blocks] int64
-    seeds         [rows] int64
+    keys          [rows, 2] int64             of the random numbers, from the seed
+    top_k         [rows] int64                the vocabulary's size where it is off
+    shaping       [rows, 3] float32           temperature, top_p, min_p
+
+    On the host, by row: `epochs`, `params`, `num_prompt`, and `num_known`, the tokens computed when all steps built
+    so far have run.
     """
 
-    def __init__(self, num_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, max_len: int, block_size: int, vocab_size: int, device: torch.device
+    ) -> None:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.device = device
         self.block_size = block_size
+        self.vocab_size = vocab_size
         self.token_ids = zeros(num_rows, max_len + 1)
         self.num_computed = zeros(num_rows)
         self.block_tables = zeros(num_rows, -(-max_len // block_size))
-        self.seeds = zeros(num_rows)
+        self.keys = zeros(num_rows, 2)
+        self.top_k = zeros(num_rows)
+        self.shaping = torch.ones(num_rows, 3, dtype=torch.float32, device=device)
         self.epochs = [-1] * num_rows
         self.params = [GREEDY] * num_rows
         self.num_prompt = [0] * num_rows
-        self.computed_on_host = [0] * num_rows
+        self.num_known = [0] * num_rows
         self._num_blocks = [0] * num_rows
 
     def admit(self, admit: RowAdmit) -> None:
         """Give a row to a request."""
-        row, length = admit.row, len(admit.token_ids)
-        self.token_ids[row, :length] = torch.tensor(admit.token_ids, dtype=torch.int64)
+        row, params, length = admit.row, admit.params, len(admit.token_ids)
+        num_blocks = len(admit.block_ids)
+        found = upload([*admit.token_ids, *admit.block_ids], self.device)
+        self.token_ids[row, :length] = found[:length]
+        self.block_tables[row, :num_blocks] = found[length:]
         self.num_computed[row] = admit.num_computed
-        self.seeds[row] = admit.seed
+        self.keys[row] = keys_of(admit.seed)
+        self.top_k[row] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        for column, value in enumerate((params.temperature, params.top_p, params.min_p)):
+            self.shaping[row, column] = value
         self.epochs[row] = admit.epoch
-        self.params[row] = admit.params
+        self.params[row] = params
         self.num_prompt[row] = admit.num_prompt
-        self.computed_on_host[row] = admit.num_computed
-        self._num_blocks[row] = 0
-        self._append_blocks(row, admit.block_ids)
+        self.num_known[row] = admit.num_computed
+        self._num_blocks[row] = num_blocks
 
-    def prepare(self, work: list[RowWork]) -> None:
-        """Append new blocks and skip cached tokens, before a step reads the rows."""
+    def begin(self, work: list[RowWork]) -> Changes:
+        """Advance the host's mirror over a step, and say what has to change on the device.
+
+        Raises:
+            ValueError: the plan is for another request than the one in its row; nothing was changed.
+        """
         for item in work:
             if item.epoch != self.epochs[item.row]:
                 raise ValueError(f"row {item.row} is at epoch {self.epochs[item.row]}, the plan says {item.epoch}")
-            if item.new_block_ids:
-                self._append_blocks(item.row, item.new_block_ids)
-            if item.num_cached:
-                self.num_computed[item.row] += item.num_cached
-                self.computed_on_host[item.row] += item.num_cached
-
-    def advance(self, rows: torch.Tensor, lengths: torch.Tensor, work: list[RowWork]) -> None:
-        """Count the tokens of a step as computed."""
-        self.num_computed[rows] += lengths
+        changes = Changes([], [], [])
+        width = self.block_tables.shape[1]
         for item in work:
-            self.computed_on_host[item.row] += item.num_tokens
+            row = item.row
+            if item.new_block_ids:
+                start = row * width + self._num_blocks[row]
+                changes.table_index += range(start, start + len(item.new_block_ids))
+                changes.block_ids += item.new_block_ids
+                self._num_blocks[row] += len(item.new_block_ids)
+            self.num_known[row] += item.num_cached + item.num_tokens
+        if any(item.num_cached for item in work):
+            changes.num_cached = [item.num_cached for item in work]
+        return changes
 
-    def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Write the ids that rows sampled behind their computed tokens."""
-        self.token_ids[rows, self.num_computed[rows]] = token_ids
-
-    def _append_blocks(self, row: int, block_ids: list[int]) -> None:
-        start = self._num_blocks[row]
-        stop = self._num_blocks[row] = start + len(block_ids)
-        if block_ids:
-            self.block_tables[row, start:stop] = torch.tensor(block_ids, dtype=torch.int64)
+    def append(self, rows: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Write the ids that rows sampled; all [S] int64."""
+        self.token_ids.view(-1).index_copy_(0, rows * self.token_ids.shape[1] + positions, token_ids)

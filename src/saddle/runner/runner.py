@@ -34,11 +34,15 @@ from saddle.protocol import (
 )
 from saddle.runner import batch as batching
 from saddle.runner.rows import Rows
-from saddle.runner.sampler import Sampler, score, to_logprobs
+from saddle.runner.sampler import Sampler
 
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULTS = {"cpu": (16, 32, 512), "cuda": (64, 256, 8192)}  # block size, rows, tokens a step
 GPU_STEP_BYTES = 2 << 30
+CGROUP_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(slots=True)
@@ -101,9 +105,9 @@ class Runner:
         decisions += capacity.decisions
         self._model = MiniMaxM2(shape, model_weights, capacity.max_model_len)
         self._kv = self._model.allocate_kv(capacity.num_blocks, block_size, kv_dtype)
-        self._rows = Rows(num_rows, capacity.max_model_len, block_size, device)
+        self._rows = Rows(num_rows, capacity.max_model_len, block_size, shape.vocab_size, device)
         valid = min(self._num_valid_tokens or shape.vocab_size, shape.vocab_size)
-        self._sampler = Sampler(self._rows, shape.vocab_size, valid, GenerationConfig.load(self._folder).eos_ids)
+        self._sampler = Sampler(self._rows, valid, GenerationConfig.load(self._folder).eos_ids)
         on_progress("warming up", 0.0, "")
         self._warm_up(min(num_tokens, capacity.max_model_len - 1, capacity.num_blocks * block_size))
         return DeviceInfo(
@@ -145,13 +149,13 @@ class Runner:
     def _kv_bytes(self, device: torch.device, weight_bytes: int, decisions: list[Decision]) -> int:
         cache = self._config.cache
         if device.type == "cpu":
-            decision = memory.cpu_kv_bytes(available_memory(), cache.kv_cache_memory_bytes)
+            budget = memory.cpu_kv_bytes(available_memory(), cache.kv_cache_memory_bytes)
         else:
             total = torch.cuda.get_device_properties(device).total_memory
-            decision = memory.gpu_kv_bytes(total, cache.gpu_memory_utilization, weight_bytes, GPU_STEP_BYTES,
-                                           cache.kv_cache_memory_bytes)  # fmt: skip
-        decisions.append(decision)
-        return int(str(decision.value))
+            budget = memory.gpu_kv_bytes(total, cache.gpu_memory_utilization, weight_bytes, GPU_STEP_BYTES,
+                                         cache.kv_cache_memory_bytes)  # fmt: skip
+        decisions.append(budget.decision)
+        return budget.num_bytes
 
     def _warm_up(self, num_tokens: int) -> None:
         """Run a prompt and a decoding step through everything, so that the first request pays for nothing."""
@@ -179,7 +183,6 @@ class Runner:
                 self._rows.admit(admit)
                 self._sampler.admit(admit)
             if plan.work:
-                self._rows.prepare(plan.work)
                 pending.batch = batching.build(plan.work, self._rows)
                 pending.logits = self._model.forward(pending.batch.inputs, self._kv)
         except Exception as error:
@@ -187,8 +190,14 @@ class Runner:
 
     @torch.inference_mode()
     def sample(self, step_id: int, mask: StepMask | None) -> StepResult:
-        """Draw the ids of a step whose `forward` was called."""
-        pending = self._pending.pop(step_id)
+        """Draw the ids of a step whose `forward` was called.
+
+        Raises:
+            EngineError: the GPU failed, or there was no such step.
+        """
+        pending = self._pending.pop(step_id, None)
+        if pending is None:
+            raise EngineError(f"Step {step_id} was to be sampled, but no forward pass of it is pending.")
         result = StepResult(step_id, [], [])
         if pending.error is None and pending.batch is not None and pending.logits is not None:
             try:
@@ -205,7 +214,7 @@ class Runner:
         prompt_logprobs = self._score_prompts(batch, logits[num_samples:])
         samples = []
         if num_samples:
-            samples = self._sampler.sample(logits[:num_samples], batch.sampling, batch.sampling_rows, mask)
+            samples = self._sampler.sample(logits[:num_samples], batch.sampling, batch.rows, batch.positions, mask)
         return StepResult(step_id, samples, prompt_logprobs)
 
     def _score_prompts(self, batch: batching.Batch, logits: torch.Tensor) -> list[RowPromptLogprobs]:
@@ -216,8 +225,7 @@ class Runner:
             count = min(item.num_tokens, self._rows.num_prompt[item.row] - 1 - first)
             ids = self._rows.token_ids[item.row, first + 1 : first + 1 + count]
             num_top = self._rows.params[item.row].prompt_logprobs or 0
-            scores = score(torch.log_softmax(own[:count], dim=-1), ids, num_top)
-            entries = to_logprobs(ids.tolist(), scores, [num_top] * count)
+            entries = self._sampler.score_prompt(own[:count], ids, num_top)
             found.append(RowPromptLogprobs(item.row, item.epoch, first + 1, entries))
         return found
 
@@ -233,14 +241,17 @@ class Runner:
 
 def available_memory() -> int:
     """Bytes of main memory that are free to use now, within the limit of a container."""
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except OSError:  # not Linux: half of what the machine has
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    for limit, used in CGROUP_MEMORY:
         try:
-            free = min(free, int(Path(path).read_text()))
-        except (OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max": no limit
             continue
-    return free
+    return max(free, 0)
 
 
 def _device_decision(device: torch.device) -> Decision:
@@ -251,7 +262,7 @@ def _device_decision(device: torch.device) -> Decision:
 
 def _set_threads() -> Decision:
     """One core is left to the API process."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores - 1)
     torch.set_num_threads(threads)
     return Decision("threads", threads, f"{cores} cores, one of them for the API process")
