@@ -13,6 +13,7 @@ from saddle.engine.block_pool import BlockPool
 from saddle.engine.request import Request
 
 HASH_BYTES = 32
+HASH_AHEAD = 64
 
 
 class KVCache:
@@ -99,18 +100,18 @@ class KVCache:
 
     def _hash(self, request: Request, index: int) -> bytes:
         """Hash of the request's tokens up to the end of block `index`, whose ids are known."""
-        hashes = request.block_hashes
+        hashes, size = request.block_hashes, self.block_size
         if index < len(hashes):
             return hashes[index]
-        size = self.block_size
+        # Some more than asked for: packing many ids at once is what makes long prompts cheap.
+        last = min(index + HASH_AHEAD, len(request.token_ids) // size)
+        packed = array("I", request.token_ids[len(hashes) * size : last * size])
+        data, width = packed.tobytes(), size * packed.itemsize
         parent = hashes[-1] if hashes else root_hash(request.cache_salt)
-        start = len(hashes) * size
-        packed = array("I", request.token_ids[start : (index + 1) * size]).tobytes()
-        width = size * array("I").itemsize
-        for offset in range(0, len(packed), width):
-            parent = hashlib.blake2b(parent + packed[offset : offset + width], digest_size=HASH_BYTES).digest()
+        for start in range(0, len(data), width):
+            parent = hashlib.blake2b(parent + data[start : start + width], digest_size=HASH_BYTES).digest()
             hashes.append(parent)
-        return parent
+        return hashes[index]
 
 
 def root_hash(cache_salt: str | None) -> bytes:

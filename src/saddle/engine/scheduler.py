@@ -110,7 +110,7 @@ class Scheduler:
             raise InvalidRequest(f"A request with the id {request.request_id!r} is running already.", "request_id")
         if not ids:
             raise InvalidRequest("The prompt must hold at least one token.", "prompt")
-        if min(ids) < 0 or max(ids) >= limits.vocab_size:
+        if max(ids) >= limits.vocab_size or min(ids) < 0:
             raise InvalidRequest(f"Token ids of the prompt must be between 0 and {limits.vocab_size - 1}.", "prompt")
         if len(ids) >= self._max_total:
             raise ContextTooLong(
@@ -230,12 +230,14 @@ class Scheduler:
                 prompts.popleft()  # preempted meanwhile
             waiting = self._next_waiting(draft)
             if waiting is not None and not (prompts and prompts[0] < waiting):
-                if self._may_admit(waiting, prompts):
-                    self._plan_prompt(draft, waiting)
+                cached = self.kv.match(waiting)
+                if self._fits(waiting, cached, prompts):
+                    self._plan_prompt(draft, waiting, cached)
                 else:
                     draft.may_admit = False
             elif prompts:
-                self._plan_prompt(draft, prompts.popleft())
+                request = prompts.popleft()
+                self._plan_prompt(draft, request, self.kv.match(request))
             else:
                 return
 
@@ -245,23 +247,21 @@ class Scheduler:
             return None
         return self._waiting[0]
 
-    def _may_admit(self, request: Request, prompts: deque[Request]) -> bool:
+    def _fits(self, request: Request, cached: list[int], prompts: deque[Request]) -> bool:
         """Whether all its tokens fit, beside what running rows need soon: else it would be preempted at once."""
         kv = self.kv
-        cached = kv.match(request)
         need = kv.num_blocks_of(request.num_total) - len(cached)
         promised = len(self._running) + sum(kv.num_blocks_of(r.num_total) - len(r.block_ids) for r in prompts)
         return need + promised <= kv.room(cached)
 
-    def _plan_prompt(self, draft: Draft, request: Request) -> None:
-        """Skip what the cache knows, then give as many tokens as budget and memory allow.
+    def _plan_prompt(self, draft: Draft, request: Request, cached: list[int]) -> None:
+        """Skip the `cached` blocks, then give as many tokens as budget and memory allow.
 
         A prompt that is cut ends at a block's end where it can, so that it can go on from the cache, and is the last
         one of its step: what is left of the budget is less than a block, and another request with the same prompt
         would spend it on tokens that this one computes next.
         """
         kv, block_size = self.kv, self.limits.block_size
-        cached = kv.match(request)
         start = request.num_computed + len(cached) * block_size
         end = min(request.num_total, start + draft.budget)
         if end < request.num_total and end - start >= block_size:
