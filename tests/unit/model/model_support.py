@@ -142,7 +142,7 @@ class Sequences:
             context_lens=torch.tensor(contexts, dtype=torch.int32),
             logit_index=torch.tensor(list(logit_index), dtype=torch.int64),
             max_query_len=max((length for length, _ in bounds), default=0),
-            max_context_len=max(contexts, default=0) if exact else widest * self.block_size,
+            max_context_len=max(contexts, default=0) + (0 if exact else 3),
             row_bounds=bounds if exact else None,
         )
         return self.model.forward(inputs, self.kv)

@@ -298,7 +298,7 @@ def test_progress_and_rate(folder: Path) -> None:
     config = ModelConfig.load(folder)
     weights = w.allocate(config, ParallelLayout(), torch.float32, CPU)
     line = w.load(folder, config, ParallelLayout(), weights, lambda share, note: shares.append(share))
-    assert shares == sorted(shares)
+    assert shares == sorted(set(shares))
     assert shares[-1] == 1.0
     assert len(shares) == 3 + SHAPE.num_layers * (10 + 3 * SHAPE.num_experts)
     assert "GB/s" in line
