@@ -6,8 +6,6 @@ a fold over the same events, so the two can never differ.
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 
 from saddle.protocol import FinishReason, TokenLogprobs, Usage
@@ -62,7 +60,7 @@ class Done(msgspec.Struct, frozen=True):
 
     finish_reason: FinishReason
     usage: Usage
-    stop: Union[str, int, None] = None
+    stop: str | int | None = None
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -72,4 +70,4 @@ class Failed(msgspec.Struct, frozen=True):
     usage: Usage
 
 
-Event = Union[Tokens, TextDelta, ReasoningDelta, ToolStart, ToolArgs, ToolEnd, Done, Failed]
+Event = Tokens | TextDelta | ReasoningDelta | ToolStart | ToolArgs | ToolEnd | Done | Failed

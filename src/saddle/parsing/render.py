@@ -127,8 +127,9 @@ class Renderer:
     def _replayed(self, conversation: Conversation, pieces: list[str], last_is_open: bool) -> dict[int, list[int]]:
         """Ids of the pieces that are turns generated here, by number of the piece.
 
-        Only turns behind the last user message count: the template drops the thinking of earlier ones, so what was
-        sampled there is not what it renders.
+        A turn is replayed where the template shows its thinking, and, when the client dropped the thinking, where the
+        template would have shown it: behind the last user message. Where a template drops thinking, what was sampled
+        is not what it renders.
         """
         if not self._generation_prompt.startswith(ASSISTANT) or not len(self._replay):
             return {}
@@ -141,12 +142,17 @@ class Renderer:
         last_user = max((n for n, m in enumerate(conversation.messages) if m["role"] == "user"), default=-1)
         found = {}
         for place, (number, message) in zip(places, turns, strict=True):
-            if number > last_user:
-                calls = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", ())]
-                turn = self._replay.find(message.get("reasoning_content"), message["content"], calls)
-                if turn is not None:
-                    head, tail = self._pieces.encode(self._generation_prompt), self._pieces.encode("\n")
-                    found[place] = [*head, *turn.token_ids, *tail]
+            reasoning = message.get("reasoning_content", "")
+            if not (pieces[place].startswith(self._generation_prompt) if reasoning.strip() else number > last_user):
+                continue
+            calls = [
+                (call["id"], call["function"]["name"], call["function"]["arguments"])
+                for call in message.get("tool_calls", ())
+            ]
+            turn = self._replay.find(reasoning, message["content"], calls)
+            if turn is not None:
+                head, tail = self._pieces.encode(self._generation_prompt), self._pieces.encode("\n")
+                found[place] = [*head, *turn.token_ids, *tail]
         return found
 
 

@@ -2,8 +2,15 @@
 
 Sampled ids are not canonical BPE: encoding the text of a turn afresh gives other ids, and from there on the prefix
 cache misses. So each finished turn is remembered by its meaning: thinking, answer, calls with their arguments as
-values. What a client sends back differs in spelling (spacing and key order of arguments, newlines around the
-thinking, nulls), not in meaning. Clients that drop the thinking are matched by the rest.
+values. What a client sends back differs in spelling (spacing and key order of arguments, newlines around thinking and
+answer, nulls), not in meaning.
+
+A client that drops the thinking sends no proof that the turn is its own: another conversation may hold the same
+answer and calls. There the ids of the calls are the proof. They are random and known to the client alone that got
+them, so a turn without thinking is found by them and by nothing else.
+
+What cannot be replayed: turns before the last user message where the template drops thinking; a turn cut short by a
+limit or a stop string; a turn without calls whose thinking was dropped; a turn whose client changed its answer.
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,28 +30,37 @@ BYTES_PER_ID = 28 + 8  # an int object and its place in a list
 class Turn:
     """A generated turn: what it means, and what was sampled after the generation prompt, the end token included.
 
-    calls   (name, arguments as JSON text) of each whole call
+    calls   (id, name, arguments as JSON text) of each call
     """
 
     reasoning: str
     content: str
-    calls: tuple[tuple[str, str], ...]
-    text: str
+    calls: tuple[tuple[str, str, str], ...]
     token_ids: list[int] = field(repr=False)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory, near enough."""
+        num_chars = len(self.reasoning) + len(self.content) + sum(len(part) for call in self.calls for part in call)
+        return 4 * num_chars + BYTES_PER_ID * len(self.token_ids) + 512
 
-def key_of(reasoning: str | None, content: str, calls: list[tuple[str, Any]]) -> bytes:
-    """Hash of a turn's meaning; `reasoning` None leaves the thinking out. Arguments are values, not text."""
-    meaning = [
-        None if reasoning is None else reasoning.strip(),
-        content.strip(),
-        [[name, json.dumps(arguments, sort_keys=True)] for name, arguments in calls],
-    ]
-    return hashlib.blake2b(json.dumps(meaning).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+def meaning_of(reasoning: str, content: str, calls: Sequence[tuple[str, Any]]) -> bytes:
+    """Hash of what a turn says; `calls` are (name, arguments as a value). Outer white space means nothing."""
+    said = [reasoning.strip(), content.strip(), [[name, json.dumps(value, sort_keys=True)] for name, value in calls]]
+    return hashlib.blake2b(json.dumps(said).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    turn: Turn
+    meaning: bytes
+    unthought: bytes  # the meaning without the thinking
+    call_ids: tuple[str, ...]
 
 
 class ReplayStore:
-    """Generated turns, the least recently used forgotten first.
+    """Generated turns, the least recently used forgotten first. Thread-safe.
 
     Args:
         max_bytes: memory that texts and ids may take.
@@ -51,52 +68,70 @@ class ReplayStore:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._turns: OrderedDict[bytes, Turn] = OrderedDict()
-        self._without_thinking: dict[bytes, bytes] = {}
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._by_meaning: dict[bytes, int] = {}
+        self._by_calls: dict[tuple[str, ...], int] = {}
         self._num_bytes = 0
+        self._next = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._turns)
+        return len(self._kept)
 
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def remember(self, turn: Turn) -> None:
-        """Keep a turn that ended well. A later turn of the same meaning replaces it."""
-        try:
-            calls = [(name, json.loads(arguments)) for name, arguments in turn.calls]
-        except ValueError:
-            return  # no client can send back what is not JSON
-        key, short = key_of(turn.reasoning, turn.content, calls), key_of(None, turn.content, calls)
+    def remember(self, turn: Turn | None) -> None:
+        """Keep a turn that ended well; None is nothing to keep. By meaning, the latest of equal turns is found."""
+        if turn is None or turn.num_bytes > self._max_bytes:
+            return
+        calls = [(name, json.loads(arguments)) for _, name, arguments in turn.calls]
+        kept = _Kept(
+            turn,
+            meaning_of(turn.reasoning, turn.content, calls),
+            meaning_of("", turn.content, calls),
+            tuple(call_id for call_id, _, _ in turn.calls),
+        )
         with self._lock:
-            self._forget(key)
-            self._turns[key] = turn
-            self._without_thinking[short] = key
-            self._num_bytes += self._size(turn)
-            while self._num_bytes > self._max_bytes and self._turns:
-                self._forget(next(iter(self._turns)))
+            number, self._next = self._next, self._next + 1
+            if not kept.call_ids:
+                self._forget(self._by_meaning.get(kept.meaning))  # nothing could tell the two apart
+            self._kept[number] = kept
+            self._by_meaning[kept.meaning] = number
+            if kept.call_ids:
+                self._by_calls[kept.call_ids] = number
+            self._num_bytes += turn.num_bytes
+            while self._num_bytes > self._max_bytes:
+                self._forget(next(iter(self._kept)))
 
-    def find(self, reasoning: str | None, content: str, calls: list[tuple[str, Any]]) -> Turn | None:
-        """The turn with this meaning; `reasoning` None: the latest one with this answer and these calls."""
-        key = key_of(reasoning or None, content, calls)
+    def find(self, reasoning: str, content: str, calls: Sequence[tuple[str | None, str, Any]]) -> Turn | None:
+        """The turn that a client sends back: (id, name, arguments as a value) of each call.
+
+        Its calls' ids find it, if all else agrees, the thinking only where it was sent. Ids that are unknown do no
+        harm: then its whole meaning finds it.
+        """
+        meant = [(name, value) for _, name, value in calls]
+        meaning = meaning_of(reasoning, content, meant)
         with self._lock:
-            if not reasoning:
-                key = self._without_thinking.get(key, key)
-            turn = self._turns.get(key)
-            if turn is not None:
-                self._turns.move_to_end(key)
-            return turn
+            number = self._by_calls.get(tuple(call_id or "" for call_id, _, _ in calls)) if calls else None
+            if number is not None:
+                kept = self._kept[number]
+                if meaning != (kept.meaning if reasoning.strip() else kept.unthought):
+                    number = None
+            if number is None:
+                number = self._by_meaning.get(meaning)
+            if number is None:
+                return None
+            self._kept.move_to_end(number)
+            return self._kept[number].turn
 
-    def _forget(self, key: bytes) -> None:
-        turn = self._turns.pop(key, None)
-        if turn is not None:
-            self._num_bytes -= self._size(turn)
-            short = key_of(None, turn.content, [(name, json.loads(arguments)) for name, arguments in turn.calls])
-            if self._without_thinking.get(short) == key:
-                del self._without_thinking[short]
-
-    @staticmethod
-    def _size(turn: Turn) -> int:
-        return 4 * len(turn.text) + BYTES_PER_ID * len(turn.token_ids)
+    def _forget(self, number: int | None) -> None:
+        kept = None if number is None else self._kept.pop(number, None)
+        if kept is None:
+            return
+        self._num_bytes -= kept.turn.num_bytes
+        if self._by_meaning.get(kept.meaning) == number:
+            del self._by_meaning[kept.meaning]
+        if self._by_calls.get(kept.call_ids) == number:
+            del self._by_calls[kept.call_ids]
