@@ -231,8 +231,8 @@ class Generation:
             return
         if stopped is not None:
             backend.client.finish(choice.request_id, *stopped)
-        elif self.job.parse and last.finish_reason is FinishReason.STOP:
-            backend.replay.remember(choice.parser.turn())
+        elif self.job.parse and (turn := choice.parser.turn()) is not None:
+            backend.replay.remember(turn)
         self._observe(choice, last)
 
     def _observe(self, choice: Choice, done: Done) -> None:

@@ -11,7 +11,7 @@ from tests.unit.server.harness import NAME, Harness, running, words
 
 from saddle.config import ServerConfig
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import FinishReason, TokenDelta, TokenLogprobs, TokenRequest
+from saddle.protocol import EngineReady, FinishReason, TokenDelta, TokenLogprobs, TokenRequest
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -368,12 +368,13 @@ async def test_generated_turn_is_replayed(tokenizer: Tokenizer) -> None:
     """The second turn of a tool loop starts with the very ids of the first prompt and answer."""
     made = ["Hm.\n", "</think>", "\n\n", *CALL]
     async with running(tokenizer, words(tokenizer, *made)) as server:
+        server.client.state.ready = EngineReady(4096, 16, 64, tokenizer.vocab_size)
         _, first = await server.post(CHAT, {"messages": HI, "tools": TOOLS})
         message = first["choices"][0]["message"]
         result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "done"}
         status, reply = await server.post(CHAT, {"messages": [*HI, message, result], "tools": TOOLS})
+        assert status == 200, reply
         before, after = (request.prompt_ids for request in server.client.requests)
-    assert status == 200, reply
     generated = [i for piece in made for i in tokenizer.encode(piece)] + [tokenizer.eos_id]
     assert after[: len(before) + len(generated)] == before + generated
 
