@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from saddle.cli.flags import Flag, FlagParser
 from saddle.cli.serve_flags import REASONING_PARSERS, TOOL_PARSERS, reasoning_parser, tool_parser
-from saddle.errors import InvalidRequest, SaddleError, StartupError
+from saddle.errors import InvalidRequest, SaddleError
 
 if TYPE_CHECKING:
     from saddle.parsing.tokenizer import Tokenizer
@@ -153,10 +153,7 @@ def _folder(given: dict[str, Any]) -> Path:
         from saddle.launch import demo_model_path
 
         return demo_model_path()
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise StartupError(f"--model must be the folder of a checkpoint, {name!r} is none.")
-    return folder
+    return Path(name).expanduser()
 
 
 def _object(line: str) -> dict[str, Any]:
