@@ -54,8 +54,10 @@ class InprocExecutor:
             result = self._results.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        if isinstance(result, EngineError):
+            raise result
         if isinstance(result, BaseException):
-            raise EngineError(str(result)) from result
+            raise EngineError(f"{type(result).__name__}: {result}") from result
         return result
 
     def stop(self) -> None:

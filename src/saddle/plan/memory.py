@@ -107,12 +107,14 @@ def kv_capacity(
         checkpoint_len: `max_position_embeddings`.
 
     Raises:
-        StartupError: the context does not fit; names the largest that would, and the memory that this one needs.
+        StartupError: the context is none, or does not fit; names the largest that would, and the memory that this one needs.
     """
     block_bytes = bytes_per_token * block_size
     fits = kv_bytes // block_bytes * block_size
     if asked_len is not None and asked_len > checkpoint_len:
         raise StartupError(f"--max-model-len must be at most {checkpoint_len}, the checkpoint's, got {asked_len}.")
+    if asked_len == 1:
+        raise StartupError("--max-model-len must be at least 2, a token of prompt and one of output, got 1.")
     if asked_len == 0:
         length, why = min(fits, checkpoint_len), "the largest that fits"
     elif asked_len is None:

@@ -109,7 +109,7 @@ class Runner:
         valid = min(self._num_valid_tokens or shape.vocab_size, shape.vocab_size)
         self._sampler = Sampler(self._rows, valid, GenerationConfig.load(self._folder).eos_ids)
         on_progress("warming up", 0.0, "")
-        self._warm_up(min(num_tokens, capacity.max_model_len - 1, capacity.num_blocks * block_size))
+        self._warm_up(min(num_tokens, min(capacity.max_model_len, capacity.num_blocks * block_size) - 1))
         return DeviceInfo(
             num_blocks=capacity.num_blocks,
             block_size=block_size,
@@ -160,8 +160,6 @@ class Runner:
     def _warm_up(self, num_tokens: int) -> None:
         """Run a prompt and a decoding step through everything, so that the first request pays for nothing."""
         num_blocks = -(-(num_tokens + 1) // self._rows.block_size)
-        num_blocks = min(num_blocks, self._kv.shape[1])
-        num_tokens = min(num_tokens, num_blocks * self._rows.block_size - 1)
         params = SamplingParams(top_k=40, top_p=0.95, max_tokens=2, seed=0)
         admit = RowAdmit(0, 0, [0] * num_tokens, num_tokens, 0, list(range(num_blocks)), params, 0)
         for number, (admits, length) in enumerate((([admit], num_tokens), ([], 1))):

@@ -1,0 +1,149 @@
+"""One device in this process, in a thread of its own or in the caller's: order, errors, end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from saddle.errors import EngineError, StartupError
+from saddle.executor.inproc import InprocExecutor
+from saddle.protocol import DeviceInfo, ProgressFn, StepMask, StepPlan, StepResult
+
+INFO = DeviceInfo(num_blocks=1, block_size=16, max_model_len=16, max_num_seqs=1, max_num_batched_tokens=16,
+                  vocab_size=8)  # fmt: skip
+
+
+class Device:
+    """Answers each step; calls a hook before whatever it does."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.threads: set[str] = set()
+        self.hook: Callable[[str, int], None] = lambda name, step: None
+
+    def _note(self, name: str, step: int) -> None:
+        self.calls.append((name, step))
+        self.threads.add(threading.current_thread().name)
+        self.hook(name, step)
+
+    def load(self, on_progress: ProgressFn) -> DeviceInfo:
+        on_progress("loading", 1.0, "")
+        self._note("load", 0)
+        return INFO
+
+    def forward(self, plan: StepPlan) -> None:
+        self._note("forward", plan.step_id)
+
+    def sample(self, step_id: int, mask: StepMask | None) -> StepResult:
+        self._note("sample", step_id)
+        return StepResult(step_id, [], [], error=None if mask is None else str(mask.rows))
+
+
+@pytest.fixture(params=[0, 1])
+def made(request: pytest.FixtureRequest) -> Iterator[tuple[Device, InprocExecutor]]:
+    device = Device()
+    executor = InprocExecutor(device, request.param)
+    yield device, executor
+    executor.stop()
+
+
+def plan(step: int) -> StepPlan:
+    return StepPlan(step, [], [], [])
+
+
+def test_steps_in_order(made: tuple[Device, InprocExecutor]) -> None:
+    device, executor = made
+    seen: list[str] = []
+    assert executor.start(lambda phase, share, note: seen.append(phase)) == INFO
+    assert seen == ["loading"]
+    for step in range(5):
+        executor.forward(plan(step))
+        executor.sample(step, StepMask(step, [step], [b""]) if step == 3 else None)
+    found = [executor.collect(5.0) for _ in range(5)]
+    assert [result.step_id for result in found if result is not None] == [0, 1, 2, 3, 4]
+    assert [result.error for result in found if result is not None] == [None, None, None, "[3]", None]
+    assert device.calls[1:] == [(name, step) for step in range(5) for name in ("forward", "sample")]
+    assert executor.collect(0.01) is None
+
+
+def test_with_plans_in_flight_the_caller_does_not_wait() -> None:
+    device, gate = Device(), threading.Event()
+    device.hook = lambda name, step: None if name == "load" else _wait(gate)
+    executor = InprocExecutor(device, 1)
+    executor.start(lambda phase, share, note: None)
+    for step in range(2):
+        executor.forward(plan(step))
+        executor.sample(step, None)
+    assert executor.collect(0.05) is None  # the device is still at the first
+    gate.set()
+    assert [executor.collect(5.0), executor.collect(5.0)] == [StepResult(0, [], []), StepResult(1, [], [])]
+    executor.stop()
+    assert device.threads == {threading.current_thread().name, "device"}
+
+
+def _wait(gate: threading.Event) -> None:
+    assert gate.wait(5.0)
+
+
+def test_without_plans_in_flight_there_is_no_thread() -> None:
+    device = Device()
+    executor = InprocExecutor(device, 0)
+    executor.start(lambda phase, share, note: None)
+    executor.forward(plan(1))
+    executor.sample(1, None)
+    assert executor.collect(0) == StepResult(1, [], [])
+    executor.stop()
+    assert device.threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("where", ["forward", "sample"])
+def test_a_device_that_cannot_go_on(made: tuple[Device, InprocExecutor], where: str) -> None:
+    device, executor = made
+
+    def hook(name: str, step: int) -> None:
+        if name == where:
+            raise EngineError("The GPU failed: lost")
+
+    device.hook = hook
+    executor.start(lambda phase, share, note: None)
+    executor.forward(plan(0))
+    executor.sample(0, None)
+    with pytest.raises(EngineError, match="The GPU failed: lost"):
+        executor.collect(5.0)
+
+
+def test_any_other_exception_is_an_engine_error_that_says_which(made: tuple[Device, InprocExecutor]) -> None:
+    device, executor = made
+    executor.start(lambda phase, share, note: None)
+
+    def hook(name: str, step: int) -> None:
+        raise KeyError(step)
+
+    device.hook = hook
+    executor.forward(plan(77))
+    with pytest.raises(EngineError, match="KeyError: 77") as caught:
+        executor.collect(5.0)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_start_that_fails_reaches_the_caller_as_it_is(made: tuple[Device, InprocExecutor]) -> None:
+    device, executor = made
+
+    def hook(name: str, step: int) -> None:
+        raise StartupError("too small")
+
+    device.hook = hook
+    with pytest.raises(StartupError, match="too small"):
+        executor.start(lambda phase, share, note: None)
+    executor.stop()
+
+
+def test_stop_ends_the_thread_and_may_come_twice() -> None:
+    executor = InprocExecutor(Device(), 1)
+    executor.start(lambda phase, share, note: None)
+    executor.forward(plan(0))
+    executor.stop()
+    executor.stop()
+    assert "device" not in {thread.name for thread in threading.enumerate()}
