@@ -54,8 +54,9 @@ class Conversation:
 
     def send(self, message: dict[str, Any]) -> Any:
         self.messages.append(message)
+        extra = {"return_token_ids": True, "cache_salt": f"stream {self.stream}"}
         arguments: Any = {
-            "model": "scripted", "messages": self.messages, "tools": TOOLS, "extra_body": {"return_token_ids": True},
+            "model": "scripted", "messages": self.messages, "tools": TOOLS, "extra_body": extra,
         }  # fmt: skip
         if self.stream:
             arguments["stream_options"] = {"include_usage": True}
@@ -64,8 +65,7 @@ class Conversation:
             with self.client.chat.completions.stream(**arguments) as events:
                 for event in events:
                     if event.type == "chunk":
-                        extra = event.chunk.model_extra or {}
-                        prompt_ids = extra.get("prompt_token_ids") or prompt_ids
+                        prompt_ids = (event.chunk.model_extra or {}).get("prompt_token_ids") or prompt_ids
                         for choice in event.chunk.choices:
                             token_ids += (choice.model_extra or {}).get("token_ids") or []
                 reply = events.get_final_completion()
@@ -96,16 +96,15 @@ class Conversation:
 def test_thirty_turns(client: openai.OpenAI, scripted: ServerProcess, tokenizer_folder: Any, stream: bool) -> None:
     think_id = Tokenizer.load(tokenizer_folder).think_id
     chat = Conversation(client, stream)
-    salt = "streamed" if stream else "whole"
-    chat.messages[0]["content"] += f" ({salt})"
     turns = 0
     for round_number in range(6):
         earlier = len(chat.computed)
         choice = chat.send({"role": "user", "content": f'call read {{"path": "/src/{round_number}.py", "line": 0}}'})
         turns += 1
         if earlier:
-            # A new user message: the template drops the thinking of the round before, and nothing else is lost.
-            assert chat.computed[earlier - 1][chat.shared] == think_id
+            # A new user message: the template drops the thinking of the round before, and nothing before that is
+            # lost. (The newline in front of it may merge with what follows now.)
+            assert think_id in chat.computed[earlier - 1][chat.shared : chat.shared + 2]
         for step in range(1, 5):
             assert choice.finish_reason == "tool_calls"
             (call,) = choice.message.tool_calls

@@ -14,14 +14,14 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
-from saddle.parsing.replay import ReplayStore
-from saddle.parsing.stream import StreamParser
-from saddle.parsing.tokenizer import Tokenizer
 
 from saddle.config import ServerConfig
 from saddle.engine.client import EngineClient, TokenStream
 from saddle.metrics import Metrics
 from saddle.parsing.events import Done, Event, Failed
+from saddle.parsing.replay import ReplayStore
+from saddle.parsing.stream import StreamParser
+from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats, FinishReason, SamplingParams, TokenDelta, TokenRequest, Usage
 from saddle.server.job import Job
 

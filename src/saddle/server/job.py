@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from saddle.parsing.tokenizer import Tokenizer
-
 from saddle.config import ServerConfig
 from saddle.errors import InvalidRequest, NotFound
+from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import SamplingParams
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from saddle.parsing.fold import fold
 
 from saddle.errors import InvalidRequest
 from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, Tokens, ToolArgs, ToolStart
+from saddle.parsing.fold import fold
 from saddle.protocol import FinishReason
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import (

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from saddle.parsing.tokenizer import Tokenizer
 
 from saddle.parsing.events import Done, Failed, Tokens
+from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import TokenLogprobs, Usage
 from saddle.server.job import Job
 from saddle.server.replies import encode_json, error_fields, sanitised

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saddle.parsing.tokenizer import Tokenizer
-
 from saddle.errors import InvalidRequest
 from saddle.parsing.events import Done, Event, Failed, TextDelta, Tokens
+from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import TokenLogprobs
 from saddle.server.job import Facts, Job, Prompt, TextPrompt, TokenPrompt
 from saddle.server.openai_parts import (

@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from saddle.parsing.conversation import normalise
-from saddle.parsing.render import Renderer
-from saddle.parsing.replay import ReplayStore
-from saddle.parsing.tokenizer import Tokenizer
-
 from saddle.config import ServerConfig
 from saddle.engine.client import EngineClient
 from saddle.errors import ContextTooLong, InvalidRequest, Overloaded, RequestError, Unavailable
 from saddle.metrics import Metrics
+from saddle.parsing.conversation import normalise
+from saddle.parsing.render import Renderer
+from saddle.parsing.replay import ReplayStore
+from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import SamplingParams
 from saddle.server.generation import Backend, Generation
 from saddle.server.job import ChatPrompt, Facts, Job, Prompt, TextPrompt
