@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from saddle.parsing.tokenizer import Tokenizer
 
 DEMO_NAME = "saddle-demo"
-DEFAULT_IDENTITY = "You are a helpful assistant."
 PIECE_CACHE_BYTES = 64 << 20
 
 
@@ -83,7 +82,7 @@ def build_renderer(tokenizer: Tokenizer, chat_template: str | None, replay: Repl
     return Renderer(
         tokenizer,
         template_text(chat_template) or tokenizer.chat_template,
-        tokenizer.model_identity or DEFAULT_IDENTITY,
+        tokenizer.model_identity,
         replay,
         PIECE_CACHE_BYTES,
     )

@@ -93,7 +93,7 @@ def _assistant(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A turn of the model: thinking apart from the answer, without the newlines that the template itself writes."""
     content = text_of(message.get("content"), f"{where}.content")
     reasoning = _reasoning(message, where)
-    if reasoning is None and END_THINK in content:
+    if not reasoning and END_THINK in content:
         head, content = content.rsplit(END_THINK, 1)
         reasoning = head.split(END_THINK)[0].rsplit(THINK, 1)[-1].strip("\n")
     calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
@@ -149,7 +149,7 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{where} must be a JSON object: {error}.", where) from None
     _require(isinstance(arguments, dict), where, "a JSON object", arguments)
     return dict(arguments)

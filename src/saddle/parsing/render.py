@@ -27,6 +27,7 @@ from saddle.parsing.replay import BYTES_PER_ID, ReplayStore
 from saddle.parsing.tokenizer import END, MESSAGE, Tokenizer
 
 OWN_TEMPLATE = Path(__file__).with_name("template.jinja")
+DEFAULT_IDENTITY = "You are a helpful assistant."
 ASSISTANT = MESSAGE + "ai\n"
 TURN_END = END + "\n"
 
@@ -46,7 +47,7 @@ class Renderer:
 
     Args:
         template: jinja2 source; None is Saddle's own.
-        identity: system text where a conversation has none; the template may have another.
+        identity: system text where a conversation has none; None is the template's own.
         replay: turns that were generated here.
         cache_bytes: memory for encoded pieces.
 
@@ -55,11 +56,14 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str | None, identity: str, replay: ReplayStore, cache_bytes: int
+        self, tokenizer: Tokenizer, template: str | None, identity: str | None, replay: ReplayStore, cache_bytes: int
     ) -> None:
         self._tokenizer = tokenizer
         self._replay = replay
-        self._identity = identity
+        # A template that came with a checkpoint knows its model's name; the variable would override that.
+        if template is None and identity is None:
+            identity = DEFAULT_IDENTITY
+        self._variables = {} if identity is None else {"model_identity": identity}
         self._pieces = PieceCache(tokenizer, cache_bytes)
         source = OWN_TEMPLATE.read_text() if template is None else template
         try:
@@ -113,7 +117,7 @@ class Renderer:
         return Rendered(text, ids, pieces, len(replayed))
 
     def _text(self, conversation: Conversation, add_generation_prompt: bool, more: Mapping[str, Any]) -> str:
-        variables = {"model_identity": self._identity, **more}
+        variables = {**self._variables, **more}
         try:
             return self._template.render(
                 messages=conversation.messages,
@@ -121,7 +125,7 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+        except Exception as error:  # a template is a program, and its input comes from outside
             raise InvalidRequest(f"The chat template refuses the conversation: {error}", "messages") from None
 
     def _replayed(self, conversation: Conversation, pieces: list[str], last_is_open: bool) -> dict[int, list[int]]:
@@ -181,17 +185,25 @@ class PieceCache:
         return self._num_bytes
 
     def encode(self, piece: str) -> list[int]:
-        """Ids of a piece; the caller does not change the list."""
+        """Ids of a piece; the caller does not change the list.
+
+        Raises:
+            InvalidRequest: the text cannot be written in UTF-8.
+        """
         with self._lock:
             ids = self._known.get(piece)
             if ids is not None:
                 self._known.move_to_end(piece)
                 return ids
-        ids = self._tokenizer.encode(piece)
+        try:
+            ids = self._tokenizer.encode(piece)
+        except UnicodeEncodeError:
+            raise InvalidRequest("A text holds half of a surrogate pair, which is no character.", "messages") from None
         with self._lock:
-            if piece not in self._known:
+            size = self._size(piece, ids)
+            if piece not in self._known and size <= self._max_bytes:
                 self._known[piece] = ids
-                self._num_bytes += self._size(piece, ids)
+                self._num_bytes += size
                 while self._num_bytes > self._max_bytes:
                     self._num_bytes -= self._size(*self._known.popitem(last=False))
         return ids

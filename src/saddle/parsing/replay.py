@@ -47,8 +47,17 @@ class Turn:
 
 def meaning_of(reasoning: str, content: str, calls: Sequence[tuple[str, Any]]) -> bytes:
     """Hash of what a turn says; `calls` are (name, arguments as a value). Outer white space means nothing."""
-    said = [reasoning.strip(), content.strip(), [[name, json.dumps(value, sort_keys=True)] for name, value in calls]]
-    return hashlib.blake2b(json.dumps(said).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    said = [reasoning.strip(), content.strip(), [[name, _canonical(value)] for name, value in calls]]
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _canonical(value: Any) -> Any:
+    """5.0 as 5: the two are one number to many clients."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +95,12 @@ class ReplayStore:
         """Keep a turn that ended well; None is nothing to keep. By meaning, the latest of equal turns is found."""
         if turn is None or turn.num_bytes > self._max_bytes:
             return
-        calls = [(name, json.loads(arguments)) for _, name, arguments in turn.calls]
-        kept = _Kept(
-            turn,
-            meaning_of(turn.reasoning, turn.content, calls),
-            meaning_of("", turn.content, calls),
-            tuple(call_id for call_id, _, _ in turn.calls),
-        )
+        try:
+            calls = [(name, json.loads(arguments)) for _, name, arguments in turn.calls]
+            meaning, unthought = (meaning_of(text, turn.content, calls) for text in (turn.reasoning, ""))
+        except (ValueError, RecursionError):
+            return  # beyond what JSON can be here: no client can send it back either
+        kept = _Kept(turn, meaning, unthought, tuple(call_id for call_id, _, _ in turn.calls))
         with self._lock:
             number, self._next = self._next, self._next + 1
             if not kept.call_ids:
@@ -112,7 +120,10 @@ class ReplayStore:
         harm: then its whole meaning finds it.
         """
         meant = [(name, value) for _, name, value in calls]
-        meaning = meaning_of(reasoning, content, meant)
+        try:
+            meaning = meaning_of(reasoning, content, meant)
+        except RecursionError:
+            return None  # nested too deeply to have been kept
         with self._lock:
             number = self._by_calls.get(tuple(call_id or "" for call_id, _, _ in calls)) if calls else None
             if number is not None:

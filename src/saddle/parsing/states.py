@@ -138,7 +138,7 @@ class Machine:
         self.calls: list[ToolStart] = []
         self.arguments: list[list[str]] = []
         self.muted = False  # whether a call was swallowed
-        self.whole = True  # whether every call that began also ended
+        self.whole = True  # whether every call that began had an end, known at the end
         self._tools, self._thinking = tools, thinking
         self._reads_calls, self._reads_bare, self._mute = reads_calls, reads_calls and reads_bare_calls, mute_calls
         self._events: list[Event] = []
@@ -182,7 +182,7 @@ class Machine:
             self._plain(held)
         if ended_itself and self.state is State.CALL:
             self._end_call()
-        elif self.state in (State.CALL, State.KEY, State.VALUE):
+        elif self.state in (State.NAME, State.CALL, State.KEY, State.VALUE):
             self.whole = False
         if ended_itself and self.state is State.BETWEEN:
             self._keep_scrap()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 ORDER = ("null", "integer", "number", "boolean", "object", "array", "string")
@@ -24,7 +24,7 @@ ALIASES = {
     "dict": "object",
     **dict.fromkeys(("arr", "list", "sequence"), "array"),
 }
-MAX_DEPTH = 32  # of nested or recursive schemas
+MAX_DEPTH = 64  # of nested values
 # Up to here every integral float is an exact integer; beyond, one would write digits that were never given.
 MAX_EXACT = 2.0**53
 
@@ -99,27 +99,20 @@ class Tools:
         return found
 
 
-def types_of(schema: Schema, root: Schema, depth: int = 0) -> frozenset[str]:
+def types_of(schema: Schema, root: Schema) -> frozenset[str]:
     """The JSON types that a schema allows by `type`, `enum`, `const` or alternatives; {string} if it is silent."""
-    return frozenset(_types(schema, root, depth)) or STRING
-
-
-def _types(schema: Schema, root: Schema, depth: int) -> set[str]:
     found: set[str] = set()
-    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-        return found
-    named = schema.get("type")
-    for kind in [named] if isinstance(named, str) else named if isinstance(named, list) else []:
-        if isinstance(kind, str):
-            found.add(ALIASES.get(kind.lower(), kind.lower()))
-    members = schema.get("enum")
-    for member in members if isinstance(members, list) else []:
-        found.add(_type_of(member))
-    if "const" in schema:
-        found.add(_type_of(schema["const"]))
-    for part in _alternatives(schema, root):
-        found |= _types(part, root, depth + 1)
-    return found
+    for part in _parts(schema, root):
+        named = part.get("type")
+        for kind in [named] if isinstance(named, str) else named if isinstance(named, list) else []:
+            if isinstance(kind, str):
+                found.add(ALIASES.get(kind.lower(), kind.lower()))
+        members = part.get("enum")
+        for member in members if isinstance(members, list) else []:
+            found.add(_type_of(member))
+        if "const" in part:
+            found.add(_type_of(part["const"]))
+    return frozenset(found) or STRING
 
 
 def _type_of(value: Any) -> str:
@@ -133,13 +126,20 @@ def _type_of(value: Any) -> str:
     return "object"
 
 
-def _alternatives(schema: Mapping[str, Any], root: Schema) -> list[Schema]:
-    found: list[Schema] = []
-    for key in ("anyOf", "oneOf", "allOf"):
-        part = schema.get(key)
-        found += part if isinstance(part, list) else []
-    target = _resolve(schema.get("$ref"), root)
-    return found if target is None else [*found, target]
+def _parts(schema: Schema, root: Schema) -> Iterator[Mapping[str, Any]]:
+    """A schema and all that its alternatives and references lead to, each once: schemas may refer to themselves."""
+    seen: set[int] = set()
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, Mapping) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        for key in ("anyOf", "oneOf", "allOf"):
+            more = part.get(key)
+            waiting += more if isinstance(more, list) else []
+        waiting.append(_resolve(part.get("$ref"), root))
 
 
 def _resolve(ref: Any, root: Schema) -> Schema:
@@ -155,22 +155,18 @@ def _resolve(ref: Any, root: Schema) -> Schema:
     return found
 
 
-def _properties(schema: Schema, root: Schema, depth: int = 0) -> dict[str, Schema]:
+def _properties(schema: Schema, root: Schema) -> dict[str, Schema]:
+    """Schemas of an object's members, by name; the schema's own come before those of its alternatives."""
     found: dict[str, Schema] = {}
-    if isinstance(schema, Mapping) and depth <= MAX_DEPTH:
-        for part in _alternatives(schema, root):
-            found |= _properties(part, root, depth + 1)
-        own = schema.get("properties")
-        found |= own if isinstance(own, Mapping) else {}
+    for part in _parts(schema, root):
+        own = part.get("properties")
+        found = {**own, **found} if isinstance(own, Mapping) else found
     return found
 
 
-def _items(schema: Schema, root: Schema, depth: int = 0) -> Schema:
-    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-        return None
-    if "items" in schema:
-        return schema["items"]
-    return next(filter(None, (_items(part, root, depth + 1) for part in _alternatives(schema, root))), None)
+def _items(schema: Schema, root: Schema) -> Schema:
+    """The schema of an array's members, None where there is none."""
+    return next((part["items"] for part in _parts(schema, root) if "items" in part), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
