@@ -272,6 +272,27 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 ProgressFn = Callable[[str, float, str], None]  # phase, share from 0 to 1, note
 
 
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device found when its weights were loaded: its KV memory is planned from it. Sizes in bytes.
+
+    kind        "cpu" or "cuda"
+    total_bytes, free_bytes   of the device; free beside the weights
+    weight_bytes, step_bytes  taken by the weights, and by a step's work space
+    bytes_per_token   keys and values of one token in all layers of this rank
+    lines       as in `DeviceInfo`
+    """
+
+    kind: str
+    total_bytes: int
+    free_bytes: int
+    weight_bytes: int
+    step_bytes: int
+    bytes_per_token: int
+    vocab_size: int
+    max_position_embeddings: int
+    lines: list[str] = []
+
+
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What start-up of the devices found and decided; the scheduler is built from it.
 

@@ -11,15 +11,20 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from saddle.config import EngineConfig
 from saddle.errors import EngineError
 from saddle.executor.base import DeviceInfo, ProgressFn
-from saddle.protocol import StepMask, StepPlan, StepResult
+from saddle.plan.memory import plan_device
+from saddle.protocol import DeviceMemory, StepMask, StepPlan, StepResult
 
 
 class Device(Protocol):
     """What runs here: `runner.Runner`."""
 
-    def load(self, on_progress: ProgressFn) -> DeviceInfo: ...
+    @property
+    def config(self) -> EngineConfig: ...
+    def load(self, on_progress: ProgressFn) -> DeviceMemory: ...
+    def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None: ...
     def forward(self, plan: StepPlan) -> None: ...
     def sample(self, step_id: int, mask: StepMask | None) -> StepResult: ...
 
@@ -38,7 +43,8 @@ class InprocExecutor:
         self._thread = threading.Thread(target=self._work, name="device", daemon=True) if plans_in_flight else None
 
     def start(self, on_progress: ProgressFn) -> DeviceInfo:
-        info = self._device.load(on_progress)
+        info = plan_device(self._device.config, self._device.load(on_progress))
+        self._device.allocate(info, on_progress)
         if self._thread is not None:
             self._thread.start()
         return info

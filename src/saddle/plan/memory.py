@@ -1,4 +1,4 @@
-"""How many KV blocks fit, and which context that allows. Pure arithmetic, no torch.
+"""How many KV blocks fit, which context that allows, how wide steps are. Pure arithmetic, no torch.
 
     GPU   share of the memory, less the weights and the work space that a step needs
     CPU   a quarter of the memory that is free, at most 4 GiB
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saddle.config import Decision
+from saddle.config import Decision, EngineConfig
 from saddle.errors import StartupError
+from saddle.protocol import DeviceInfo, DeviceMemory
 
 GIB = 1 << 30
 CPU_SHARE, CPU_MOST = 0.25, 4 * GIB
+DEFAULTS = {"cpu": (16, 32, 512), "cuda": (64, 256, 8192)}  # block size, rows, tokens a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def kv_capacity(
         checkpoint_len: `max_position_embeddings`.
 
     Raises:
-        StartupError: the context is none, or does not fit; names the largest that would, and the memory that this one needs.
+        StartupError: the context is too short or does not fit; names the largest that would.
     """
     block_bytes = bytes_per_token * block_size
     fits = kv_bytes // block_bytes * block_size
@@ -141,3 +143,43 @@ def kv_capacity(
         Decision("num_blocks", num_blocks, f"{reason}; {block_size} tokens each, {num_blocks * block_size} in all"),
     )
     return KVCapacity(num_blocks=num_blocks, max_model_len=length, decisions=decisions)
+
+
+def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
+    """All sizes of a device, from what was asked for and what it has.
+
+    Raises:
+        StartupError: the configuration cannot start on it; the message says what would.
+    """
+    cache, scheduler = config.cache, config.scheduler
+    decisions: list[Decision] = []
+    sizes: list[int] = []
+    asked = {"block_size": cache.block_size, "max_num_seqs": scheduler.max_num_seqs,
+             "max_num_batched_tokens": scheduler.max_num_batched_tokens}  # fmt: skip
+    for (name, value), default in zip(asked.items(), DEFAULTS[memory.kind], strict=True):
+        sizes.append(default if value is None else value)
+        reason = f"the default on a {memory.kind.upper()}" if value is None else "--" + name.replace("_", "-")
+        decisions.append(Decision(name, sizes[-1], reason))
+    block_size, num_rows, num_tokens = sizes
+    if memory.kind == "cpu":
+        budget = cpu_kv_bytes(memory.free_bytes, cache.kv_cache_memory_bytes)
+    else:
+        budget = gpu_kv_bytes(memory.total_bytes, cache.gpu_memory_utilization, memory.weight_bytes,
+                              memory.step_bytes, cache.kv_cache_memory_bytes)  # fmt: skip
+    capacity = kv_capacity(
+        kv_bytes=budget.num_bytes,
+        bytes_per_token=memory.bytes_per_token,
+        block_size=block_size,
+        max_num_seqs=num_rows,
+        asked_len=scheduler.max_model_len,
+        checkpoint_len=memory.max_position_embeddings,
+    )
+    return DeviceInfo(
+        num_blocks=capacity.num_blocks,
+        block_size=block_size,
+        max_model_len=capacity.max_model_len,
+        max_num_seqs=num_rows,
+        max_num_batched_tokens=num_tokens,
+        vocab_size=memory.vocab_size,
+        lines=[*memory.lines, *map(str, (*decisions, budget.decision, *capacity.decisions))],
+    )

@@ -20,9 +20,9 @@ from saddle.model import weights as loading
 from saddle.model.config import GenerationConfig, ModelConfig
 from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
-from saddle.plan import memory
 from saddle.protocol import (
     DeviceInfo,
+    DeviceMemory,
     ProgressFn,
     RowAdmit,
     RowPromptLogprobs,
@@ -37,7 +37,6 @@ from saddle.runner.rows import Rows
 from saddle.runner.sampler import Sampler
 
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-DEFAULTS = {"cpu": (16, 32, 512), "cuda": (64, 256, 8192)}  # block size, rows, tokens a step
 GPU_STEP_BYTES = 2 << 30
 CGROUP_MEMORY = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -56,8 +55,19 @@ class Pending:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Between `load` and `allocate`."""
+
+    shape: ModelConfig
+    weights: loading.ModelWeights
+    device: torch.device
+
+
 class Runner:
-    """One device. `load` first, then `forward` and `sample` in turn.
+    """One device. `load` and `allocate` first, then `forward` and `sample` in turn.
+
+    Between the two somebody plans the memory: a device knows what it has, not what the others have.
 
     Args:
         folder: of the checkpoint.
@@ -69,6 +79,8 @@ class Runner:
         self._folder = folder
         self._num_valid_tokens = num_valid_tokens
         self._pending: dict[int, Pending] = {}
+        self._loaded: Loaded
+        self._kv_dtype: torch.dtype
         self._model: MiniMaxM2
         self._kv: torch.Tensor
         self._rows: Rows
@@ -76,8 +88,12 @@ class Runner:
 
     # start -------------------------------------------------------------------------------------------------------
 
-    def load(self, on_progress: ProgressFn) -> DeviceInfo:
-        """Load, allocate, warm up.
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    def load(self, on_progress: ProgressFn) -> DeviceMemory:
+        """Load the weights, and tell what is left beside them.
 
         Raises:
             StartupError: with what would work.
@@ -89,36 +105,34 @@ class Runner:
         shape = ModelConfig.load(self._folder, self._config.load.hf_overrides)
         dtype, why = loading.dtype_of(self._config.load.dtype, device)
         decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
-        model_weights = loading.allocate(shape, ParallelLayout(), dtype, device)
-        lines = [self._fill(shape, model_weights, on_progress)]
-
-        block_size, num_rows, num_tokens = self._sizes(device, decisions)
-        kv_dtype = self._kv_dtype(dtype)
-        capacity = memory.kv_capacity(
-            kv_bytes=self._kv_bytes(device, model_weights.num_bytes, decisions),
-            bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * kv_dtype.itemsize,
-            block_size=block_size,
-            max_num_seqs=num_rows,
-            asked_len=self._config.scheduler.max_model_len,
-            checkpoint_len=shape.max_position_embeddings,
+        self._kv_dtype = self._choose_kv_dtype(dtype)
+        weights = loading.allocate(shape, ParallelLayout(), dtype, device)
+        line = self._fill(shape, weights, on_progress)
+        self._loaded = Loaded(shape, weights, device)
+        on_cpu = device.type == "cpu"
+        return DeviceMemory(
+            kind=device.type,
+            total_bytes=total_memory() if on_cpu else torch.cuda.get_device_properties(device).total_memory,
+            free_bytes=available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0],
+            weight_bytes=weights.num_bytes,
+            step_bytes=0 if on_cpu else GPU_STEP_BYTES,
+            bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * self._kv_dtype.itemsize,
+            vocab_size=shape.vocab_size,
+            max_position_embeddings=shape.max_position_embeddings,
+            lines=[line, *map(str, decisions)],
         )
-        decisions += capacity.decisions
-        self._model = MiniMaxM2(shape, model_weights, capacity.max_model_len)
-        self._kv = self._model.allocate_kv(capacity.num_blocks, block_size, kv_dtype)
-        self._rows = Rows(num_rows, capacity.max_model_len, block_size, shape.vocab_size, device)
+
+    def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None:
+        """Allocate KV memory and rows as planned, and run the first steps."""
+        shape, weights, device = self._loaded.shape, self._loaded.weights, self._loaded.device
+        self._model = MiniMaxM2(shape, weights, info.max_model_len)
+        self._kv = self._model.allocate_kv(info.num_blocks, info.block_size, self._kv_dtype)
+        self._rows = Rows(info.max_num_seqs, info.max_model_len, info.block_size, shape.vocab_size, device)
         valid = min(self._num_valid_tokens or shape.vocab_size, shape.vocab_size)
         self._sampler = Sampler(self._rows, valid, GenerationConfig.load(self._folder).eos_ids)
         on_progress("warming up", 0.0, "")
-        self._warm_up(min(num_tokens, min(capacity.max_model_len, capacity.num_blocks * block_size) - 1))
-        return DeviceInfo(
-            num_blocks=capacity.num_blocks,
-            block_size=block_size,
-            max_model_len=capacity.max_model_len,
-            max_num_seqs=num_rows,
-            max_num_batched_tokens=num_tokens,
-            vocab_size=shape.vocab_size,
-            lines=[*lines, *map(str, decisions)],
-        )
+        longest = min(info.max_model_len, info.num_blocks * info.block_size) - 1
+        self._warm_up(min(info.max_num_batched_tokens, longest))
 
     def _fill(self, shape: ModelConfig, model_weights: loading.ModelWeights, on_progress: ProgressFn) -> str:
         load = self._config.load
@@ -128,34 +142,11 @@ class Runner:
         return loading.load(self._folder, shape, ParallelLayout(), model_weights,
                             lambda share, note: on_progress("loading weights", share, note))  # fmt: skip
 
-    def _sizes(self, device: torch.device, decisions: list[Decision]) -> tuple[int, int, int]:
-        cache, scheduler = self._config.cache, self._config.scheduler
-        asked = (cache.block_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
-        names = ("block_size", "max_num_seqs", "max_num_batched_tokens")
-        values = []
-        for name, value, default in zip(names, asked, DEFAULTS[device.type], strict=True):
-            chosen = default if value is None else value
-            reason = f"the default on a {device.type.upper()}" if value is None else "--" + name.replace("_", "-")
-            decisions.append(Decision(name, chosen, reason))
-            values.append(chosen)
-        return values[0], values[1], values[2]
-
-    def _kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def _choose_kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
         name = self._config.cache.kv_cache_dtype
         if name not in KV_DTYPES:
             raise StartupError(f"--kv-cache-dtype must be one of {', '.join(KV_DTYPES)}, got {name!r}.")
         return KV_DTYPES[name] or dtype
-
-    def _kv_bytes(self, device: torch.device, weight_bytes: int, decisions: list[Decision]) -> int:
-        cache = self._config.cache
-        if device.type == "cpu":
-            budget = memory.cpu_kv_bytes(available_memory(), cache.kv_cache_memory_bytes)
-        else:
-            total = torch.cuda.get_device_properties(device).total_memory
-            budget = memory.gpu_kv_bytes(total, cache.gpu_memory_utilization, weight_bytes, GPU_STEP_BYTES,
-                                         cache.kv_cache_memory_bytes)  # fmt: skip
-        decisions.append(budget.decision)
-        return budget.num_bytes
 
     def _warm_up(self, num_tokens: int) -> None:
         """Run a prompt and a decoding step through everything, so that the first request pays for nothing."""
@@ -237,13 +228,18 @@ class Runner:
         return f"{type(error).__name__}: {error}"
 
 
+def total_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_memory() -> int:
     """Bytes of main memory that are free to use now, within the limit of a container."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except OSError:  # not Linux: half of what the machine has
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except OSError:  # not Linux: nobody says, so half
+        free = total_memory() // 2
     for limit, used in CGROUP_MEMORY:
         try:
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))

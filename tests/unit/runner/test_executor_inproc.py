@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from saddle.config import EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import EngineError, StartupError
 from saddle.executor.inproc import InprocExecutor
-from saddle.protocol import DeviceInfo, ProgressFn, StepMask, StepPlan, StepResult
+from saddle.plan.memory import plan_device
+from saddle.protocol import DeviceInfo, DeviceMemory, ProgressFn, StepMask, StepPlan, StepResult
 
-INFO = DeviceInfo(num_blocks=1, block_size=16, max_model_len=16, max_num_seqs=1, max_num_batched_tokens=16,
-                  vocab_size=8)  # fmt: skip
+CONFIG = EngineConfig(load=LoadConfig(model=""), scheduler=SchedulerConfig(max_num_seqs=3))
+MEMORY = DeviceMemory(kind="cpu", total_bytes=1 << 30, free_bytes=1 << 28, weight_bytes=5, step_bytes=0,
+                      bytes_per_token=64, vocab_size=8, max_position_embeddings=64, lines=["found"])  # fmt: skip
 
 
 class Device:
@@ -28,10 +31,19 @@ class Device:
         self.threads.add(threading.current_thread().name)
         self.hook(name, step)
 
-    def load(self, on_progress: ProgressFn) -> DeviceInfo:
+    @property
+    def config(self) -> EngineConfig:
+        return CONFIG
+
+    def load(self, on_progress: ProgressFn) -> DeviceMemory:
         on_progress("loading", 1.0, "")
         self._note("load", 0)
-        return INFO
+        return MEMORY
+
+    def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None:
+        on_progress("allocating", 1.0, "")
+        self.allocated = info
+        self._note("allocate", 0)
 
     def forward(self, plan: StepPlan) -> None:
         self._note("forward", plan.step_id)
@@ -56,21 +68,23 @@ def plan(step: int) -> StepPlan:
 def test_steps_in_order(made: tuple[Device, InprocExecutor]) -> None:
     device, executor = made
     seen: list[str] = []
-    assert executor.start(lambda phase, share, note: seen.append(phase)) == INFO
-    assert seen == ["loading"]
+    info = executor.start(lambda phase, share, note: seen.append(phase))
+    assert seen == ["loading", "allocating"]
+    assert device.allocated == info == plan_device(CONFIG, MEMORY)
+    assert (info.max_num_seqs, info.num_blocks, info.lines[0]) == (3, 12, "found")
     for step in range(5):
         executor.forward(plan(step))
         executor.sample(step, StepMask(step, [step], [b""]) if step == 3 else None)
     found = [executor.collect(5.0) for _ in range(5)]
     assert [result.step_id for result in found if result is not None] == [0, 1, 2, 3, 4]
     assert [result.error for result in found if result is not None] == [None, None, None, "[3]", None]
-    assert device.calls[1:] == [(name, step) for step in range(5) for name in ("forward", "sample")]
+    assert device.calls[2:] == [(name, step) for step in range(5) for name in ("forward", "sample")]
     assert executor.collect(0.01) is None
 
 
 def test_with_plans_in_flight_the_caller_does_not_wait() -> None:
     device, gate = Device(), threading.Event()
-    device.hook = lambda name, step: None if name == "load" else _wait(gate)
+    device.hook = lambda name, step: _wait(gate) if name in ("forward", "sample") else None
     executor = InprocExecutor(device, 1)
     executor.start(lambda phase, share, note: None)
     for step in range(2):

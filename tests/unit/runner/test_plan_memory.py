@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import StartupError
-from saddle.plan.memory import GIB, KVCapacity, cpu_kv_bytes, gpu_kv_bytes, kv_capacity
+from saddle.plan.memory import GIB, KVCapacity, cpu_kv_bytes, gpu_kv_bytes, kv_capacity, plan_device
+from saddle.protocol import DeviceMemory
 
 
 def capacity(kv_bytes: int, asked: int | None = None, *, rows: int = 4, checkpoint: int = 1000) -> KVCapacity:
@@ -92,3 +94,46 @@ def test_not_even_one_block() -> None:
 def test_longer_than_the_checkpoint() -> None:
     with pytest.raises(StartupError, match="--max-model-len must be at most 1000, the checkpoint's, got 1001"):
         capacity(10**9, 1001)
+
+
+# all sizes of a device -----------------------------------------------------------------------------------------------
+
+
+def device(kind: str, **changes: int) -> DeviceMemory:
+    sizes = {"total_bytes": 80 * GIB, "free_bytes": 40 * GIB, "weight_bytes": 10 * GIB, "step_bytes": GIB}
+    return DeviceMemory(kind=kind, **{**sizes, **changes}, bytes_per_token=1000, vocab_size=77,
+                        max_position_embeddings=4096, lines=["device = a test"])  # fmt: skip
+
+
+def test_defaults_by_kind_of_device() -> None:
+    config = EngineConfig(load=LoadConfig(model=""))
+    cpu, gpu = plan_device(config, device("cpu")), plan_device(config, device("cuda"))
+    assert (cpu.block_size, cpu.max_num_seqs, cpu.max_num_batched_tokens) == (16, 32, 512)
+    assert (gpu.block_size, gpu.max_num_seqs, gpu.max_num_batched_tokens) == (64, 256, 8192)
+    assert cpu.num_blocks == 32 * 4096 // 16 and gpu.num_blocks == 256 * 4096 // 64
+    assert cpu.vocab_size == 77 and cpu.max_model_len == 4096
+
+
+def test_memory_bounds_the_blocks_of_both_kinds() -> None:
+    config = EngineConfig(load=LoadConfig(model=""), cache=CacheConfig(block_size=32, gpu_memory_utilization=0.5),
+                          scheduler=SchedulerConfig(max_num_seqs=999))  # fmt: skip
+    assert plan_device(config, device("cpu", free_bytes=GIB)).num_blocks == GIB // 4 // 32_000
+    left = 80 * GIB // 2 - 40 * GIB + GIB // 2
+    assert plan_device(config, device("cuda", weight_bytes=39 * GIB - GIB // 2)).num_blocks == left // 32_000
+
+
+def test_what_is_asked_for_and_every_reason() -> None:
+    config = EngineConfig(
+        load=LoadConfig(model=""),
+        cache=CacheConfig(block_size=8, kv_cache_memory_bytes=10_000_000),
+        scheduler=SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=99, max_model_len=1024),
+    )
+    assert plan_device(config, device("cpu")).lines == [
+        "device = a test",
+        "block_size = 8 (--block-size)",
+        "max_num_seqs = 5 (--max-num-seqs)",
+        "max_num_batched_tokens = 99 (--max-num-batched-tokens)",
+        "kv_cache_memory_bytes = 10000000 (--kv-cache-memory-bytes)",
+        "max_model_len = 1024 (--max-model-len)",
+        "num_blocks = 640 (5 rows of 1024 tokens use no more; 8 tokens each, 5120 in all)",
+    ]

@@ -13,6 +13,7 @@ from tests.support.checkpoint import SMALL, write_random_checkpoint
 
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import StartupError
+from saddle.executor.inproc import InprocExecutor
 from saddle.protocol import DeviceInfo, SamplingParams
 from saddle.runner import runner as module
 from saddle.runner.runner import Runner
@@ -33,7 +34,7 @@ def load(folder: Path, *, num_valid: int | None = None, load: dict[str, Any] | N
         scheduler=SchedulerConfig(**scheduler),
     )
     runner = Runner(config, folder, num_valid)
-    return runner, runner.load(lambda phase, share, note: None)
+    return runner, InprocExecutor(runner, 0).start(lambda phase, share, note: None)
 
 
 def line(info: DeviceInfo, name: str) -> str:
@@ -106,7 +107,7 @@ def test_random_weights_are_the_same_for_the_same_seed(folder: Path, tmp_path: P
 def test_progress_names_its_phases(folder: Path) -> None:
     seen: list[tuple[str, float]] = []
     runner = Runner(EngineConfig(load=LoadConfig(model=str(folder))), folder)
-    runner.load(lambda phase, share, note: seen.append((phase, share)))
+    InprocExecutor(runner, 0).start(lambda phase, share, note: seen.append((phase, share)))
     assert seen[0][0] == "loading weights" and seen[-1][0] == "warming up"
     shares = [share for phase, share in seen if phase == "loading weights"]
     assert shares == sorted(shares) and shares[-1] == 1.0

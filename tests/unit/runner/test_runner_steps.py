@@ -9,6 +9,7 @@ from tests.support.checkpoint import M2_LIKE, SMALL, write_random_checkpoint
 
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import EngineError
+from saddle.executor.inproc import InprocExecutor
 from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepMask, StepPlan, TokenLogprobs
 from saddle.runner.runner import Runner
 
@@ -27,7 +28,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         scheduler=SchedulerConfig(max_model_len=256, max_num_seqs=18),
     )
     runner = Runner(config, folder)
-    return runner, runner.load(lambda phase, share, note: None)
+    return runner, InprocExecutor(runner, 0).start(lambda phase, share, note: None)
 
 
 @pytest.fixture
