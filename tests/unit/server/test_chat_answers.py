@@ -226,6 +226,8 @@ async def test_logprobs(tokenizer: Tokenizer) -> None:
     streamed = [c for f in frames for c in f["choices"]]
     assert frames[0]["prompt_token_ids"] == requests[0].prompt_ids
     assert [i for c in streamed for i in c.get("token_ids", ())] == choice["token_ids"]
+    per_chunk = [c["token_ids"] for c in streamed if c.get("token_ids")]
+    assert per_chunk == [*map(tokenizer.encode, ("ab", "</think>", "cd")), [tokenizer.eos_id]], "none waits for text"
     assert [e for c in streamed if c["logprobs"] for e in c["logprobs"]["content"]] == entries
 
 
@@ -253,6 +255,7 @@ async def test_several_choices(tokenizer: Tokenizer) -> None:
     assert [f["choices"][0]["delta"].get("role") for f in frames[:3]] == ["assistant"] * 3
     assert [request.params.seed for request in requests[:3]] == [5, 6, 7]
     assert whole["usage"]["prompt_tokens"] == len(requests[0].prompt_ids), "the prompt counts once"
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 4, "as far as its first choice found it"
 
 
 async def test_stop_string_ends_the_engine_request(tokenizer: Tokenizer) -> None:
@@ -362,6 +365,16 @@ async def test_continue_final_message_and_echo(tokenizer: Tokenizer) -> None:
     assert prompt.endswith("The answer")
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": "The answer is 4"}
     assert joined([json.loads(f) for f in frames[:-1]], "content") == "The answer is 4"
+
+
+async def test_continuing_an_answer_is_no_thinking(tokenizer: Tokenizer) -> None:
+    """The last turn has closed its thinking, so what follows is content."""
+    messages = [*HI, {"role": "assistant", "reasoning_content": "Hm", "content": "The answer"}]
+    async with running(tokenizer, words(tokenizer, " is 4")) as server:
+        _, whole = await server.post(CHAT, {"messages": messages, "continue_final_message": True})
+        prompt = tokenizer.decode(server.client.requests[0].prompt_ids, skip_special_tokens=False)
+    assert prompt.endswith("<think>\nHm\n</think>\n\nThe answer")
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": " is 4"}
 
 
 async def test_generated_turn_is_replayed(tokenizer: Tokenizer) -> None:
