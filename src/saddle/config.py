@@ -143,6 +143,7 @@ class ServerConfig:
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     max_logprobs: int = 20
     max_queued_requests: int | None = None
+    request_timeout_s: float | None = None  # from admission to the last token
     max_body_bytes: int = 64 << 20
     replay_bytes: int = 256 << 20
     sse_keep_alive_s: float = 15.0
@@ -154,5 +155,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 65536, "--port", self.port, "between 0 and 65535")
+        require(self.request_timeout_s is None or self.request_timeout_s > 0, "--request-timeout",
+                self.request_timeout_s, "above 0 seconds")  # fmt: skip
         require((self.ssl_keyfile is None) == (self.ssl_certfile is None), "--ssl-keyfile", self.ssl_keyfile,
                 "given together with --ssl-certfile")  # fmt: skip

@@ -140,6 +140,8 @@ FLAGS: tuple[Flag, ...] = (
          choices=("both", "reasoning", "reasoning_content"), help="name of the thinking in answers; default both"),
     Flag(names="--vllm-metric-names", kind="bool", group=SADDLE, to=("server.vllm_metric_names",),
          help="/metrics also under vLLM's names, for existing dashboards"),
+    Flag(names="--request-timeout", kind="float", group=SADDLE, to=("server.request_timeout_s",), metavar="SECONDS",
+         help="longest time of a request, from admission to its last token; default no limit"),
     Flag(names="--max-body-bytes", kind="size", group=SADDLE, to=("server.max_body_bytes",),
          help="largest request body; default 64M"),
     Flag(names="--replay-bytes", kind="size", group=SADDLE, to=("server.replay_bytes",),

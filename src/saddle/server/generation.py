@@ -92,6 +92,8 @@ class Generation:
         self._backend, self._arrival_s, self._on_close = backend, arrival_s, on_close
         self._choices: list[Choice] = []
         self._closed = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._expired = False
 
     @property
     def num_choices(self) -> int:
@@ -126,6 +128,10 @@ class Generation:
             for index, stream in enumerate(streams)
             for prompt in (self.prompts[index // n],)
         ]
+        timeout_s = self._backend.config.request_timeout_s
+        if timeout_s is not None:
+            left_s = self._arrival_s + timeout_s - time.monotonic()
+            self._deadline = asyncio.get_running_loop().call_later(max(left_s, 0.0), self._expire)
 
     def _parser(self, prompt: list[int]) -> StreamParser:
         job, config = self.job, self._backend.config
@@ -188,6 +194,8 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        if self._deadline is not None:
+            self._deadline.cancel()
         for choice in self._choices:
             if not choice.done:
                 choice.done = True
@@ -196,8 +204,18 @@ class Generation:
         self._backend.metrics.longest.observe(max(choice.num_tokens for choice in self._choices))
         self._on_close(self)
 
+    def _expire(self) -> None:
+        """The time of the request is over: its streams end, and `_feed` says why."""
+        self._expired = True
+        for choice in self._choices:
+            if not choice.done:
+                self._backend.client.abort(choice.request_id)
+
     def _feed(self, choice: Choice, delta: TokenDelta) -> list[Event]:
         """Parse a delta, keep the clock, and end the choice where it ends."""
+        if self._expired and delta.finish_reason is FinishReason.ABORT:
+            error = f"The request took longer than the {self._backend.config.request_timeout_s:g} s that it may."
+            delta = msgspec.structs.replace(delta, finish_reason=FinishReason.ERROR, error=error)
         if delta.token_ids:
             self._tick(choice, delta)
         try:

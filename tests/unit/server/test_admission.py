@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Iterable
 
 import aiohttp
@@ -233,3 +234,21 @@ async def test_a_client_that_is_gone_before_the_answer_begins() -> None:
     with pytest.raises(ClientGone):
         await whole(gone, generation)  # type: ignore[arg-type]
     assert generation.closed
+
+
+async def test_a_request_that_takes_too_long_ends_with_an_error(tokenizer: Tokenizer) -> None:
+    config = ServerConfig(host="127.0.0.1", port=0, access_log=False, request_timeout_s=0.2)
+    async with running(tokenizer, one_token_then_silence(tokenizer), config) as server:
+        began = time.monotonic()
+        frames = await server.frames(CHAT, {**HI, "n": 2})
+        status, body = await server.post(CHAT, HI)
+        assert 0.35 < time.monotonic() - began < 2
+        errors = [json.loads(frame)["error"]["message"] for frame in frames if '"error"' in frame]
+        assert errors == ["The request took longer than the 0.2 s that it may."] * 2
+        assert frames[-1] == "[DONE]"
+        assert (status, body["error"]["message"]) == (500, errors[0])
+        assert len(server.client.aborted) == 3
+        server.client.script = words(tokenizer, "x")
+        assert (await server.post(CHAT, HI))[0] == 200
+        await asyncio.sleep(0.3)  # the timer of a request that ended does nothing
+        assert len(server.client.aborted) == 3
