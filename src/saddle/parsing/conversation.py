@@ -57,7 +57,7 @@ def normalise(messages: Sequence[Any], tools: Sequence[Any] | None = None) -> Co
         else:
             called = any(turn.get("tool_calls") for turn in turns)
             if not called:
-                raise InvalidRequest(f"{where} has role tool, but no assistant message before it called a tool.",
+                raise InvalidRequest(f"{where}.role is tool, but no assistant message before it called a tool.",
                                      f"{where}.role")  # fmt: skip
             turns.append(_tool_result(message, where))
     _order_results(turns)

@@ -65,7 +65,7 @@ class Renderer:
             identity = DEFAULT_IDENTITY
         self._variables = {} if identity is None else {"model_identity": identity}
         self._pieces = PieceCache(tokenizer, cache_bytes)
-        source = OWN_TEMPLATE.read_text() if template is None else template
+        source = OWN_TEMPLATE.read_text(encoding="utf-8") if template is None else template
         try:
             self._template = environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -195,10 +195,7 @@ class PieceCache:
             if ids is not None:
                 self._known.move_to_end(piece)
                 return ids
-        try:
-            ids = self._tokenizer.encode(piece)
-        except UnicodeEncodeError:
-            raise InvalidRequest("A text holds half of a surrogate pair, which is no character.", "messages") from None
+        ids = self._tokenizer.encode(piece)
         with self._lock:
             size = self._size(piece, ids)
             if piece not in self._known and size <= self._max_bytes:

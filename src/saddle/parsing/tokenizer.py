@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from saddle.errors import StartupError
+from saddle.errors import InvalidRequest, StartupError
 
 CONVERSATION, MESSAGE, END = "]~!b[", "]~b]", "[e~["
 THINK, END_THINK = "<think>", "</think>"
@@ -59,11 +59,14 @@ class Tokenizer:
         config: dict[str, Any] = {}
         try:
             if (folder / "tokenizer_config.json").is_file():
-                config = json.loads((folder / "tokenizer_config.json").read_text())
+                config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise StartupError(f"{folder / 'tokenizer_config.json'} cannot be read: {error}") from None
         if (folder / "chat_template.jinja").is_file():
-            config["chat_template"] = (folder / "chat_template.jinja").read_text()
+            config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        named = config.get("chat_template")
+        if isinstance(named, list):  # several, by name
+            config["chat_template"] = {one["name"]: one["template"] for one in named}.get("default")
         return cls(inner, config)
 
     def _control(self, text: str) -> int:
@@ -79,10 +82,16 @@ class Tokenizer:
 
         Args:
             allow_special: strings of added tokens become those tokens. Otherwise they are spelt with ordinary ones.
+
+        Raises:
+            InvalidRequest: the text holds half of a surrogate pair, as JSON can.
         """
-        if allow_special:
-            return list(self._inner.encode(text, add_special_tokens=False).ids)
-        return self._encode_plain(text)
+        try:
+            if allow_special:
+                return list(self._inner.encode(text, add_special_tokens=False).ids)
+            return self._encode_plain(text)
+        except TypeError:  # what the library makes of such a string
+            raise InvalidRequest("The text holds half of a surrogate pair, which is no character.") from None
 
     def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = []
