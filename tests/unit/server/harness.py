@@ -19,7 +19,7 @@ from saddle.metrics import Metrics
 from saddle.parsing.render import Renderer
 from saddle.parsing.replay import ReplayStore
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import EngineReady, EngineStats, FinishReason, TokenDelta, TokenRequest
+from saddle.protocol import EngineReady, EngineStats, FinishReason, TokenDelta, TokenLogprobs, TokenRequest
 from saddle.server.app import build_app
 from saddle.server.serve import address, http_server, listen
 from saddle.server.service import Service
@@ -144,12 +144,18 @@ def words(tokenizer: Tokenizer, *pieces: str, eos: bool = True, **last: Any) -> 
     """A script that says the pieces, one delta each, and stops at EOS."""
 
     def script(request: TokenRequest) -> Iterable[TokenDelta]:
+        def sure(ids: list[int], asked: int | None) -> list[TokenLogprobs] | None:
+            return None if asked is None else [TokenLogprobs(i, 0.0, 1, [(i, 0.0)]) for i in ids]
+
+        prompt = sure(request.prompt_ids, request.params.prompt_logprobs)
         for number, piece in enumerate(pieces):
-            yield TokenDelta(request_id=request.request_id, token_ids=tokenizer.encode(piece),
-                             queued_s=0.001 if number == 0 else None, prefill_s=0.002 if number == 0 else None,
-                             num_cached_tokens=4 if number == 0 else 0)  # fmt: skip
+            ids = tokenizer.encode(piece)
+            first: dict[str, Any] = {"queued_s": 0.001, "prefill_s": 0.002, "num_cached_tokens": 4,
+                                     "prompt_logprobs": [None, *prompt[1:]] if prompt else None}  # fmt: skip
+            yield TokenDelta(request_id=request.request_id, token_ids=ids, logprobs=sure(ids, request.params.logprobs),
+                             **(first if number == 0 else {}))  # fmt: skip
         ids = [tokenizer.eos_id] if eos else []
-        yield TokenDelta(request_id=request.request_id, token_ids=ids,
+        yield TokenDelta(request_id=request.request_id, token_ids=ids, logprobs=sure(ids, request.params.logprobs),
                          **{"finish_reason": FinishReason.STOP if eos else FinishReason.LENGTH, **last})  # fmt: skip
 
     return script
