@@ -89,14 +89,14 @@ class SchedulerConfig:
     max_model_len   longest prompt plus output; None is the checkpoint's, 0 is the largest that fits
     max_num_seqs   rows; None: 256 on GPUs, 32 on CPUs
     max_num_batched_tokens   tokens a step; None: 8192 on GPUs, 512 on CPUs
-    plans_in_flight   plans built before the oldest one's result is needed; 0 is synchronous
+    plans_in_flight   plans built before the oldest one's result is needed; 0 is synchronous; None: 1 on GPUs, 0 on CPUs
     """
 
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     policy: Policy = "fcfs"
-    plans_in_flight: int = 1
+    plans_in_flight: int | None = None
     max_num_queued_reqs: int | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class SchedulerConfig:
         ):
             require(value is None or value >= least, flag, value, f"{least} or more")
         require(self.policy in ("fcfs", "priority"), "--scheduling-policy", self.policy, "fcfs or priority")
-        require(self.plans_in_flight in (0, 1, 2), "plans_in_flight", self.plans_in_flight, "0, 1 or 2")
+        require(self.plans_in_flight in (None, 0, 1, 2), "plans_in_flight", self.plans_in_flight, "0, 1 or 2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,7 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
     from saddle.executor.inproc import InprocExecutor
     from saddle.runner.runner import Runner
 
-    executor = InprocExecutor(Runner(config, folder), config.scheduler.plans_in_flight)
+    executor = InprocExecutor(Runner(config, folder))
     info = executor.start(on_progress)
     limits = Limits(
         num_blocks=info.num_blocks,
@@ -58,7 +58,7 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
         max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
     )
     scheduler = Scheduler(limits, GenerationConfig.load(folder).eos_ids)
-    return EngineCore(executor, scheduler, config.scheduler.plans_in_flight), info
+    return EngineCore(executor, scheduler, info.plans_in_flight), info
 
 
 def model_names(engine: EngineConfig, server: ServerConfig) -> tuple[str, ...]:

@@ -305,6 +305,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     vocab_size: int
+    plans_in_flight: int = 1
     lines: list[str] = []
 
 

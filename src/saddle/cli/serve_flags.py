@@ -134,7 +134,7 @@ FLAGS: tuple[Flag, ...] = (
          to=("scheduler.max_num_queued_reqs", "server.max_queued_requests"),
          help="requests that may wait; more are refused"),
     Flag(names="--async-scheduling", kind="bool", group=SCHEDULER, to=("scheduler.plans_in_flight",), value=int,
-         help="plan the next step while one runs; on by default"),
+         help="plan the next step while one runs; default on GPUs"),
     # Saddle's own
     Flag(names="--reasoning-field", group=SADDLE, to=("server.reasoning_field",),
          choices=("both", "reasoning", "reasoning_content"), help="name of the thinking in answers; default both"),

@@ -30,22 +30,19 @@ class Device(Protocol):
 
 
 class InprocExecutor:
-    """An `Executor` over one device.
+    """An `Executor` over one device."""
 
-    Args:
-        plans_in_flight: 0 computes in the caller's thread.
-    """
-
-    def __init__(self, device: Device, plans_in_flight: int) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
         self._jobs: queue.SimpleQueue[Callable[[], StepResult | None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True) if plans_in_flight else None
+        self._thread: threading.Thread | None = None
 
     def start(self, on_progress: ProgressFn) -> DeviceInfo:
         info = plan_device(self._device.config, self._device.load(on_progress))
         self._device.allocate(info, on_progress)
-        if self._thread is not None:
+        if info.plans_in_flight:
+            self._thread = threading.Thread(target=self._work, name="device", daemon=True)
             self._thread.start()
         return info
 

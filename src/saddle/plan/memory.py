@@ -15,7 +15,12 @@ from saddle.protocol import DeviceInfo, DeviceMemory
 
 GIB = 1 << 30
 CPU_SHARE, CPU_MOST = 0.25, 4 * GIB
-DEFAULTS = {"cpu": (16, 32, 512), "cuda": (64, 256, 8192)}  # block size, rows, tokens a step
+FLAGS = {"block_size": "--block-size", "max_num_seqs": "--max-num-seqs", "plans_in_flight": "--async-scheduling",
+         "max_num_batched_tokens": "--max-num-batched-tokens"}  # fmt: skip
+# Block size, rows, tokens a step, plans in flight. On a CPU the next plan is built on the core that computes this one:
+# measured with 1, 4 and 16 rows, doing both in one thread takes about 2 % less time a step, and a token is sent one
+# step earlier.
+DEFAULTS = {"cpu": (16, 32, 512, 0), "cuda": (64, 256, 8192, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +160,13 @@ def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
     decisions: list[Decision] = []
     sizes: list[int] = []
     asked = {"block_size": cache.block_size, "max_num_seqs": scheduler.max_num_seqs,
-             "max_num_batched_tokens": scheduler.max_num_batched_tokens}  # fmt: skip
+             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+             "plans_in_flight": scheduler.plans_in_flight}  # fmt: skip
     for (name, value), default in zip(asked.items(), DEFAULTS[memory.kind], strict=True):
         sizes.append(default if value is None else value)
-        reason = f"the default on a {memory.kind.upper()}" if value is None else "--" + name.replace("_", "-")
+        reason = f"the default on a {memory.kind.upper()}" if value is None else FLAGS[name]
         decisions.append(Decision(name, sizes[-1], reason))
-    block_size, num_rows, num_tokens = sizes
+    block_size, num_rows, num_tokens, plans_in_flight = sizes
     if memory.kind == "cpu":
         budget = cpu_kv_bytes(memory.free_bytes, cache.kv_cache_memory_bytes)
     else:
@@ -181,5 +187,6 @@ def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
         max_num_seqs=num_rows,
         max_num_batched_tokens=num_tokens,
         vocab_size=memory.vocab_size,
+        plans_in_flight=plans_in_flight,
         lines=[*memory.lines, *map(str, (*decisions, budget.decision, *capacity.decisions))],
     )

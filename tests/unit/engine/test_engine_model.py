@@ -44,7 +44,7 @@ def generate(
         scheduler=SchedulerConfig(max_model_len=320, max_num_seqs=16, max_num_batched_tokens=budget,
                                   plans_in_flight=plans),
     )  # fmt: skip
-    executor = InprocExecutor(Runner(config, folder), plans)
+    executor = InprocExecutor(Runner(config, folder))
     info = executor.start(lambda phase, share, note: None)
     assert info.num_blocks >= num_blocks
     limits = Limits(num_blocks=num_blocks, block_size=info.block_size, vocab_size=info.vocab_size, max_model_len=320,

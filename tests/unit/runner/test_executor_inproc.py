@@ -13,7 +13,6 @@ from saddle.executor.inproc import InprocExecutor
 from saddle.plan.memory import plan_device
 from saddle.protocol import DeviceInfo, DeviceMemory, ProgressFn, StepMask, StepPlan, StepResult
 
-CONFIG = EngineConfig(load=LoadConfig(model=""), scheduler=SchedulerConfig(max_num_seqs=3))
 MEMORY = DeviceMemory(kind="cpu", total_bytes=1 << 30, free_bytes=1 << 28, weight_bytes=5, step_bytes=0,
                       bytes_per_token=64, vocab_size=8, max_position_embeddings=64, lines=["found"])  # fmt: skip
 
@@ -21,7 +20,9 @@ MEMORY = DeviceMemory(kind="cpu", total_bytes=1 << 30, free_bytes=1 << 28, weigh
 class Device:
     """Answers each step; calls a hook before whatever it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, plans_in_flight: int) -> None:
+        scheduler = SchedulerConfig(max_num_seqs=3, plans_in_flight=plans_in_flight)
+        self.config = EngineConfig(load=LoadConfig(model=""), scheduler=scheduler)
         self.calls: list[tuple[str, int]] = []
         self.threads: set[str] = set()
         self.hook: Callable[[str, int], None] = lambda name, step: None
@@ -30,10 +31,6 @@ class Device:
         self.calls.append((name, step))
         self.threads.add(threading.current_thread().name)
         self.hook(name, step)
-
-    @property
-    def config(self) -> EngineConfig:
-        return CONFIG
 
     def load(self, on_progress: ProgressFn) -> DeviceMemory:
         on_progress("loading", 1.0, "")
@@ -55,8 +52,8 @@ class Device:
 
 @pytest.fixture(params=[0, 1])
 def made(request: pytest.FixtureRequest) -> Iterator[tuple[Device, InprocExecutor]]:
-    device = Device()
-    executor = InprocExecutor(device, request.param)
+    device = Device(request.param)
+    executor = InprocExecutor(device)
     yield device, executor
     executor.stop()
 
@@ -70,7 +67,7 @@ def test_steps_in_order(made: tuple[Device, InprocExecutor]) -> None:
     seen: list[str] = []
     info = executor.start(lambda phase, share, note: seen.append(phase))
     assert seen == ["loading", "allocating"]
-    assert device.allocated == info == plan_device(CONFIG, MEMORY)
+    assert device.allocated == info == plan_device(device.config, MEMORY)
     assert (info.max_num_seqs, info.num_blocks, info.lines[0]) == (3, 12, "found")
     for step in range(5):
         executor.forward(plan(step))
@@ -83,9 +80,9 @@ def test_steps_in_order(made: tuple[Device, InprocExecutor]) -> None:
 
 
 def test_with_plans_in_flight_the_caller_does_not_wait() -> None:
-    device, gate = Device(), threading.Event()
+    device, gate = Device(1), threading.Event()
     device.hook = lambda name, step: _wait(gate) if name in ("forward", "sample") else None
-    executor = InprocExecutor(device, 1)
+    executor = InprocExecutor(device)
     executor.start(lambda phase, share, note: None)
     for step in range(2):
         executor.forward(plan(step))
@@ -102,8 +99,8 @@ def _wait(gate: threading.Event) -> None:
 
 
 def test_without_plans_in_flight_there_is_no_thread() -> None:
-    device = Device()
-    executor = InprocExecutor(device, 0)
+    device = Device(0)
+    executor = InprocExecutor(device)
     executor.start(lambda phase, share, note: None)
     executor.forward(plan(1))
     executor.sample(1, None)
@@ -155,7 +152,7 @@ def test_a_start_that_fails_reaches_the_caller_as_it_is(made: tuple[Device, Inpr
 
 
 def test_stop_ends_the_thread_and_may_come_twice() -> None:
-    executor = InprocExecutor(Device(), 1)
+    executor = InprocExecutor(Device(1))
     executor.start(lambda phase, share, note: None)
     executor.forward(plan(0))
     executor.stop()

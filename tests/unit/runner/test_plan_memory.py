@@ -111,6 +111,7 @@ def test_defaults_by_kind_of_device() -> None:
     assert (cpu.block_size, cpu.max_num_seqs, cpu.max_num_batched_tokens) == (16, 32, 512)
     assert (gpu.block_size, gpu.max_num_seqs, gpu.max_num_batched_tokens) == (64, 256, 8192)
     assert cpu.num_blocks == 32 * 4096 // 16 and gpu.num_blocks == 256 * 4096 // 64
+    assert (cpu.plans_in_flight, gpu.plans_in_flight) == (0, 1)
     assert cpu.vocab_size == 77 and cpu.max_model_len == 4096
 
 
@@ -126,13 +127,15 @@ def test_what_is_asked_for_and_every_reason() -> None:
     config = EngineConfig(
         load=LoadConfig(model=""),
         cache=CacheConfig(block_size=8, kv_cache_memory_bytes=10_000_000),
-        scheduler=SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=99, max_model_len=1024),
+        scheduler=SchedulerConfig(max_num_seqs=5, max_num_batched_tokens=99, max_model_len=1024,
+                                  plans_in_flight=2),
     )
     assert plan_device(config, device("cpu")).lines == [
         "device = a test",
         "block_size = 8 (--block-size)",
         "max_num_seqs = 5 (--max-num-seqs)",
         "max_num_batched_tokens = 99 (--max-num-batched-tokens)",
+        "plans_in_flight = 2 (--async-scheduling)",
         "kv_cache_memory_bytes = 10000000 (--kv-cache-memory-bytes)",
         "max_model_len = 1024 (--max-model-len)",
         "num_blocks = 640 (5 rows of 1024 tokens use no more; 8 tokens each, 5120 in all)",

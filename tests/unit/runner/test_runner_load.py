@@ -34,7 +34,7 @@ def load(folder: Path, *, num_valid: int | None = None, load: dict[str, Any] | N
         scheduler=SchedulerConfig(**scheduler),
     )
     runner = Runner(config, folder, num_valid)
-    return runner, InprocExecutor(runner, 0).start(lambda phase, share, note: None)
+    return runner, InprocExecutor(runner).start(lambda phase, share, note: None)
 
 
 def line(info: DeviceInfo, name: str) -> str:
@@ -107,7 +107,7 @@ def test_random_weights_are_the_same_for_the_same_seed(folder: Path, tmp_path: P
 def test_progress_names_its_phases(folder: Path) -> None:
     seen: list[tuple[str, float]] = []
     runner = Runner(EngineConfig(load=LoadConfig(model=str(folder))), folder)
-    InprocExecutor(runner, 0).start(lambda phase, share, note: seen.append((phase, share)))
+    InprocExecutor(runner).start(lambda phase, share, note: seen.append((phase, share)))
     assert seen[0][0] == "loading weights" and seen[-1][0] == "warming up"
     shares = [share for phase, share in seen if phase == "loading weights"]
     assert shares == sorted(shares) and shares[-1] == 1.0

@@ -28,7 +28,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         scheduler=SchedulerConfig(max_model_len=256, max_num_seqs=18),
     )
     runner = Runner(config, folder)
-    return runner, InprocExecutor(runner, 0).start(lambda phase, share, note: None)
+    return runner, InprocExecutor(runner).start(lambda phase, share, note: None)
 
 
 @pytest.fixture
