@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.serve.processes import ServerProcess
 from tests.support.tokenizer import build_tokenizer
 
 from saddle.parsing.tokenizer import Tokenizer
@@ -22,12 +20,3 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eos = Tokenizer.load(folder).eos_id
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     return folder
-
-
-@pytest.fixture(scope="module")
-def scripted(tokenizer_folder: Path) -> Iterator[ServerProcess]:
-    """A server whose device does what the conversation says; one for each test module."""
-    server = ServerProcess([str(tokenizer_folder)], SCRIPTED)
-    yield server
-    assert server.stop() == 0, server.log()
-    assert server.leaves_no_process()
