@@ -119,6 +119,6 @@ def _upload(
 
 
 def _is_scored(item: RowWork, rows: Rows) -> bool:
-    """Whether the row wants log-probabilities of its prompt, and this step computes any."""
-    first = rows.num_known[item.row] + item.num_cached
-    return rows.params[item.row].prompt_logprobs is not None and first < rows.num_prompt[item.row] - 1
+    """Whether the row wants log-probabilities of its prompt, and this step computes any. It reads no cached block."""
+    wants = rows.params[item.row].prompt_logprobs is not None
+    return wants and rows.num_known[item.row] < rows.num_prompt[item.row] - 1

@@ -7,6 +7,7 @@ process, since nothing after it can be trusted.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -36,11 +37,13 @@ from saddle.runner import batch as batching
 from saddle.runner.rows import Rows
 from saddle.runner.sampler import Sampler
 
+logger = logging.getLogger(__name__)
+
 KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GPU_STEP_BYTES = 2 << 30
-CGROUP_MEMORY = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUPS = (  # folder, limit, use, and what of it are pages of files that can go: a checkpoint just read is all that
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -225,6 +228,7 @@ class Runner:
                 torch.cuda.synchronize()
             except RuntimeError as broken:
                 raise EngineError(f"The GPU failed: {broken}") from error
+        logger.error("A step failed.", exc_info=error)
         return f"{type(error).__name__}: {error}"
 
 
@@ -240,11 +244,13 @@ def available_memory() -> int:
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     except OSError:  # not Linux: nobody says, so half
         free = total_memory() // 2
-    for limit, used in CGROUP_MEMORY:
+    for folder, limit, used, reclaimable in CGROUPS:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such controller, or "max": no limit
             continue
+        free = min(free, left + int(stat.get(reclaimable, 0)))
     return max(free, 0)
 
 

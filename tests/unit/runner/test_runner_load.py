@@ -130,8 +130,9 @@ def test_one_core_is_left_to_the_api_process(folder: Path, monkeypatch: pytest.M
 
 
 def test_free_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(module, "CGROUP_MEMORY", ((str(limit), str(used)),))
+    limit, used, stat = tmp_path / "max", tmp_path / "current", tmp_path / "memory.stat"
+    monkeypatch.setattr(module, "CGROUPS", ((str(tmp_path), "max", "current", "inactive_file"),))
+    stat.write_text("anon 5\ninactive_file 0\n")
     whole = module.available_memory()
     assert whole > 1 << 20
     limit.write_text("max\n")
@@ -140,5 +141,7 @@ def test_free_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytes
     limit.write_text(f"{10 << 20}\n")
     used.write_text(f"{4 << 20}\n")
     assert module.available_memory() == 6 << 20
+    stat.write_text(f"anon 5\ninactive_file {1 << 20}\n")
+    assert module.available_memory() == 7 << 20
     used.write_text(f"{14 << 20}\n")
     assert module.available_memory() == 0

@@ -9,6 +9,7 @@ import torch
 from sampling_support import EOS, Row, assert_drawn_from, draws, ids, reference, sample, sampler_over
 
 from saddle.protocol import RowAdmit, RowWork, SamplingParams, StepMask
+from saddle.runner import sampler as sampling
 
 VOCAB = 48
 GREEDY = {"temperature": 0.0}
@@ -249,6 +250,37 @@ def test_each_row_gets_as_many_as_it_asked_for(logits: torch.Tensor) -> None:
     assert sizes == [None, 0, 3, None, 1, VOCAB]
     best = ranking(logits)[0]
     assert all(one.logprobs is None or (one.logprobs[0].token_id, one.logprobs[0].rank) == (best, 1) for one in found)
+
+
+def test_logprobs_of_rows_with_different_logits() -> None:
+    table = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(3))
+    asked = [None, 2, None, 0, 4]
+    for row, found in enumerate(sample([Row(SamplingParams(**GREEDY, logprobs=count)) for count in asked], table)):
+        raw = table[row].log_softmax(-1)
+        assert found.token_ids == [int(raw.argmax())]
+        if asked[row] is None:
+            assert found.logprobs is None
+        else:
+            assert found.logprobs is not None
+            assert found.logprobs[0].logprob == pytest.approx(float(raw.max()), abs=1e-6)
+            assert [token_id for token_id, _ in found.logprobs[0].top] == ranking(raw)[: asked[row]]
+
+
+def test_scores_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position by position, in parts, and without the padding of the vocabulary."""
+    table = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(4))
+    wanted = torch.tensor([3, 0, 39, 3, 8, 20, 1])
+    _, sampler = sampler_over([Row(SamplingParams())], VOCAB, num_valid=40)
+    monkeypatch.setattr(sampling, "MAX_SCORED", 3)
+    raw = table[:, :40].log_softmax(-1)
+    for place, entry in enumerate(sampler.score_prompt(table.clone(), wanted, 2)):
+        own = raw[place, wanted[place]]
+        best = raw[place].topk(2)
+        assert (entry.token_id, entry.rank) == (int(wanted[place]), int((raw[place] > own).sum()) + 1)
+        assert entry.logprob == pytest.approx(float(own), abs=1e-6)
+        assert [token_id for token_id, _ in entry.top] == best.indices.tolist()
+        assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert len(sampler.score_prompt(table.clone(), wanted, 0)) == 7
 
 
 def test_asking_for_logprobs_changes_no_token(logits: torch.Tensor) -> None:
