@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ class ServerProcess:
         self.port = port or free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         descriptor, self._log = tempfile.mkstemp(suffix=".log")
+        atexit.register(os.unlink, self._log)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
         with os.fdopen(descriptor, "w") as output:
             self.process = subprocess.Popen(
