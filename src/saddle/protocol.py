@@ -134,9 +134,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a request's output must match, for the grammar backend; `after_token_id` is where it begins to bind."""
 
-    kind: str  # "json_schema", "regex", "grammar", "structural_tag", "choice"
+    kind: str  # "json_schema", "regex", "grammar", "structural_tag", "choice", "tools"
     source: str
     after_token_id: int | None = None
+    param: str | None = None  # the field of the request that an error names
 
 
 class TokenRequest(msgspec.Struct, frozen=True, kw_only=True):
