@@ -43,7 +43,7 @@ class Sampler:
         edits = edit.edits_of(admit, self._vocab_size, self._eos_ids, self._rows.device)
         if edits is not None:
             self._edits[row] = edits
-        self._widths[row] = GREEDY if params.is_greedy else truncation.width_of(params.top_k, self._vocab_size)
+        self._widths[row] = GREEDY if params.is_greedy else truncation.width_of(params, self._vocab_size)
 
     def sample(
         self, logits: torch.Tensor, work: list[RowWork], rows: torch.Tensor, positions: torch.Tensor,
@@ -121,28 +121,24 @@ class Sampler:
         if kinds == {GREEDY}:
             return logits.argmax(-1)
         if len(kinds) == 1:
-            return self._draw(logits, work, rows, positions, widths[0])
+            return self._draw(logits, rows, positions, widths[0])
         ids = logits.argmax(-1)
         for kind in kinds - {GREEDY}:
             members = [slot for slot, width in enumerate(widths) if width == kind]
             index = torch.tensor(members, device=logits.device)
-            ids[index] = self._draw(logits[index], [work[slot] for slot in members], rows[index], positions[index],
-                                    kind)  # fmt: skip
+            ids[index] = self._draw(logits[index], rows[index], positions[index], kind)
         return ids
 
     def _draw(
-        self, logits: torch.Tensor, work: list[RowWork], rows: torch.Tensor, positions: torch.Tensor, width: int
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, width: int
     ) -> torch.Tensor:
-        state, size = self._rows, self._vocab_size
-        params = [state.params[item.row] for item in work]
+        state = self._rows
         temperature, top_p, min_p = state.shaping.index_select(0, rows).chunk(3, dim=1)
         limits = truncation.Limits(
             temperature=temperature,
             top_p=top_p,
             min_p=min_p,
             top_k=state.top_k.index_select(0, rows).unsqueeze(1),
-            cuts_top_k=any(0 < one.top_k < size for one in params),
-            cuts_probs=any(one.top_p < 1 or one.min_p > 0 for one in params),
         )
         kept, ids = truncation.candidates(logits, limits, width)
         noise = gumbel(state.keys.index_select(0, rows), positions, ids)

@@ -1,8 +1,10 @@
-"""top_k, top_p and min_p without sorting the vocabulary.
+"""top_k, top_p and min_p, without sorting the vocabulary where that can be avoided.
 
-Rows with a top_k (the family's default is 40) look at that many candidates only. Otherwise the cut of top_p is found
-by bisection on the probability: forty passes give the exact set but for ties, on any device and without waiting for
-it. A row's candidates are a function of its own logits and parameters, whatever rows are computed beside it.
+    top_k up to 1024      the largest 64 or 1024 logits are gathered (the family's default is top_k 40)
+    top_p, larger top_k   the vocabulary is sorted: the only way to an exact set that waits for nothing
+    neither               nothing is moved; min_p compares with the largest logit
+
+A row's candidates are a function of its own logits and parameters, whatever rows are computed beside it.
 """
 
 from __future__ import annotations
@@ -11,22 +13,23 @@ from dataclasses import dataclass
 
 import torch
 
-BISECTIONS = 40
-# Candidates that are gathered for rows with a top_k up to that many. Not the row's own top_k: what a search for the k
-# largest does with ties may depend on k, and a row's neighbours must not change its tokens.
+from saddle.protocol import SamplingParams
+
+# Not the row's own top_k: what a search for the k largest does with ties may depend on k, and a row's neighbours must
+# not change its tokens.
 WIDTHS = (64, 1024)
 
 
-def width_of(top_k: int, vocab_size: int) -> int:
-    """Number of candidates to gather for a row; 0: its whole vocabulary is looked at."""
-    if not 0 < top_k < vocab_size:
-        return 0
-    return next((min(width, vocab_size) for width in WIDTHS if top_k <= width), 0)
+def width_of(params: SamplingParams, vocab_size: int) -> int:
+    """Number of candidates to gather for a row; 0: all, in the order of the vocabulary."""
+    if 0 < params.top_k < vocab_size:
+        return min(next((width for width in WIDTHS if params.top_k <= width), vocab_size), vocab_size)
+    return vocab_size if params.top_p < 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Parameters of S rows on the device, and on the host whether any of them needs a step.
+    """Parameters of S rows.
 
     temperature, top_p, min_p  [S, 1] float32
     top_k  [S, 1] int64, the vocabulary's size where it is off
@@ -36,8 +39,6 @@ class Limits:
     top_p: torch.Tensor
     min_p: torch.Tensor
     top_k: torch.Tensor
-    cuts_top_k: bool
-    cuts_probs: bool  # top_p or min_p
 
 
 def candidates(logits: torch.Tensor, limits: Limits, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,40 +51,19 @@ def candidates(logits: torch.Tensor, limits: Limits, width: int) -> tuple[torch.
     Returns:
         logits over temperature [S, K] float32, -inf for what is cut, and the token ids [S, K] they belong to.
     """
-    return _few(logits, limits, width) if width else _all(logits, limits)
-
-
-def _few(logits: torch.Tensor, limits: Limits, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, ids = torch.topk(logits, width, dim=-1)  # sorted, largest first
-    cut = torch.arange(width, device=logits.device) >= limits.top_k
-    logits = (logits / limits.temperature).masked_fill_(cut, -torch.inf)
-    if limits.cuts_probs:
-        probs = torch.softmax(logits, dim=-1)
-        before = probs.cumsum(-1) - probs  # mass of the more likely tokens
-        cut = ((before >= limits.top_p) & (limits.top_p < 1)) | (probs < limits.min_p * probs[:, :1])
-        cut[:, 0] = False  # the most likely one always stays
-        logits.masked_fill_(cut, -torch.inf)
-    return logits, ids
-
-
-def _all(logits: torch.Tensor, limits: Limits) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = logits / limits.temperature
-    if limits.cuts_top_k:  # a top_k above all widths: rare enough for a sort
-        ordered = scaled.sort(dim=-1, descending=True).values
-        scaled = scaled.masked_fill(scaled < ordered.gather(1, limits.top_k - 1), -torch.inf)
-    if limits.cuts_probs:
-        probs = torch.softmax(scaled, dim=-1)
-        highest = probs.amax(-1, keepdim=True)
-        least = torch.maximum(_top_p_threshold(probs, highest, limits.top_p), limits.min_p * highest)
-        scaled = scaled.masked_fill(probs < torch.minimum(least, highest), -torch.inf)
-    return scaled, torch.arange(scaled.shape[1], device=scaled.device).expand_as(scaled)
-
-
-def _top_p_threshold(probs: torch.Tensor, highest: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """[S, 1]: the largest probability t such that the tokens of at least t have a mass of top_p; 0 where it is off."""
-    low, high = torch.zeros_like(top_p), highest
-    for _ in range(BISECTIONS):
-        middle = (low + high) * 0.5
-        enough = torch.where(probs >= middle, probs, 0).sum(-1, keepdim=True) >= top_p
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return torch.where(top_p < 1, low, 0)
+    if width == 0:
+        scaled = logits / limits.temperature
+        least = scaled.amax(-1, keepdim=True) + limits.min_p.log()
+        ids = torch.arange(scaled.shape[1], device=scaled.device).expand_as(scaled)
+        return scaled.masked_fill_(scaled < least, -torch.inf), ids
+    if width == logits.shape[1]:
+        ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    else:
+        ordered, ids = torch.topk(logits, width, dim=-1)
+    scaled = ordered / limits.temperature
+    scaled.masked_fill_(torch.arange(width, device=logits.device) >= limits.top_k, -torch.inf)
+    probs = torch.softmax(scaled, dim=-1)
+    before = probs.cumsum(-1) - probs  # mass of the more likely ids; may round to 1 and a little more
+    cut = ((before >= limits.top_p) & (limits.top_p < 1)) | (probs < limits.min_p * probs[:, :1])
+    cut[:, 0] = False  # the most likely one always stays
+    return scaled.masked_fill_(cut, -torch.inf), ids

@@ -106,7 +106,7 @@ def test_only_allowed_ids_come(logits: torch.Tensor) -> None:
 
 def test_bad_words_never_complete(logits: torch.Tensor) -> None:
     first, second, third = ranking(logits)[:3]
-    words = ((first,), (8, 9, second), (7, second), (5, third))
+    words = ((first,), (8, 9, second), (7, second), (6, second), (5, third))
     params = SamplingParams(**GREEDY, bad_words_ids=words)
 
     def after(*output: int) -> int:
@@ -116,9 +116,11 @@ def test_bad_words_never_complete(logits: torch.Tensor) -> None:
     assert after(8) == second
     assert after(8, 9) == third
     assert after(9, 9) == second
-    assert after(7) == third  # two words end with the same id: one match is enough
+    assert after(7) == after(6) == third  # two words end with the same id: one match is enough
     assert after(5) == second
-    # The sequence may begin in the prompt.
+    # The sequence may begin in the prompt, be all of it, or be longer than what is there.
+    assert ids(sample([Row(params, prompt=(7,))], logits))[0] == third
+    assert ids(sample([Row(params, prompt=(9,))], logits))[0] == second
     assert ids(sample([Row(params, prompt=(0, 8), output=(9,))], logits))[0] == third
 
 

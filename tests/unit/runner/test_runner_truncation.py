@@ -23,10 +23,8 @@ def kept(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         top_p=torch.tensor([[params.top_p]]),
         min_p=torch.tensor([[params.min_p]]),
         top_k=torch.tensor([[params.top_k if 0 < params.top_k < VOCAB else VOCAB]]),
-        cuts_top_k=0 < params.top_k < VOCAB,
-        cuts_probs=params.top_p < 1 or params.min_p > 0,
     )
-    found, token_ids = truncation.candidates(logits[None], limits, truncation.width_of(params.top_k, VOCAB))
+    found, token_ids = truncation.candidates(logits[None], limits, truncation.width_of(params, VOCAB))
     return torch.zeros(VOCAB, dtype=torch.float64).scatter(0, token_ids[0], found[0].double().softmax(-1))
 
 
