@@ -83,7 +83,7 @@ class XGrammarBackend:
         max_cached_bytes: int = 256 << 20,
         max_memory_bytes: int = 2 << 30,
     ) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._calls_id = tokenizer.calls_id
         self._max_schema_bytes, self._max_cached_bytes = max_schema_bytes, max_cached_bytes
@@ -104,7 +104,7 @@ class XGrammarBackend:
 
     def _make_masks(self, vocabulary: Vocabulary) -> None:
         """Fixed masks, and the row that `fill` writes to."""
-        self._row: Bits = np.empty((self._vocab_size + 31) // 32, dtype=np.int32)
+        self._row: Bits = np.empty((self.vocab_size + 31) // 32, dtype=np.int32)
         real = {i for i, token in enumerate(vocabulary.tokens) if token} | self._eos_ids
         self._real = self._bits(real)
         # While the model thinks all is free, but not to end without an answer, nor to slip into a call that the
@@ -133,7 +133,7 @@ class XGrammarBackend:
         size = len(spec.source.encode())
         if size > self._max_schema_bytes:
             raise InvalidRequest(f"{param} must be at most {self._max_schema_bytes} bytes, got {size}.", param)
-        if spec.after_token_id is not None and not 0 <= spec.after_token_id < self._vocab_size:
+        if spec.after_token_id is not None and not 0 <= spec.after_token_id < self.vocab_size:
             raise InvalidRequest(f"There is no token {spec.after_token_id}.", param)
         state: Future[State] = Future()
 

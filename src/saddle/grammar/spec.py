@@ -5,8 +5,8 @@ The API layer calls one of the builders; what is wrong with the request shows at
 
 Where a grammar begins: with `after_token_id` (the id of `</think>`) right behind that token. M2 writes an empty line
 there, so a grammar for content begins with those two newlines: without them the first token would be one that the
-model hardly ever writes in that place. Clients never see them, the parser drops them. Calls begin with a newline more,
-as M2's template renders them. Without `after_token_id` the grammar binds the first token.
+model hardly ever writes in that place. They are no part of the output that was asked for. Calls begin with a newline
+more, as M2's template renders them. Without `after_token_id` the grammar binds the first token.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saddle.errors import InvalidRequest
+from saddle.grammar.arguments import arguments, const, text_without
 from saddle.grammar.keywords import MAX_BOUND, nesting
 from saddle.grammar.schema import normalise
 from saddle.parsing.tokenizer import Tokenizer
@@ -27,9 +28,6 @@ MAX_CHOICES = 10_000
 MAX_TAG_DEPTH = 128
 AFTER_THINKING = "\n\n"
 MAX_WHITESPACE = 16  # between JSON tokens of content: enough to indent, too little to write blanks for ever
-# Values of arguments stand unescaped between tags; with a tag inside, a value would end early. Only the beginnings:
-# time to compile grows with their length wherever JSON is nested in an argument.
-TAGS = ("</param", "</invoke", "<param")
 REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
@@ -123,7 +121,7 @@ def tool_grammar(
     ]
     calls = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True,
              "stop_after_first": not parallel}  # fmt: skip
-    block = [_const("\n"), calls, {"type": "token", "token": tokenizer.end_calls_id}]
+    block = [const("\n"), calls, {"type": "token", "token": tokenizer.end_calls_id}]
     if choice == "auto-strict":
         others = [tokenizer.think_id, tokenizer.end_think_id, tokenizer.end_calls_id]
         whole: dict[str, Any] = {"type": "token_dispatch", "loop": parallel, "exclude_tokens": others,
@@ -131,7 +129,7 @@ def tool_grammar(
     else:
         newlines = "\n" if after_token_id is None else AFTER_THINKING + "\n"
         # Optional, because a model may go straight to the call, even out of its thinking.
-        lead = {"type": "optional", "content": _const(newlines)}
+        lead = {"type": "optional", "content": const(newlines)}
         whole = {"type": "sequence", "elements": [lead, {"type": "token", "token": tokenizer.calls_id}, *block]}
     return _spec("tools", _dump(whole, "tools"), after_token_id, "tools")
 
@@ -147,7 +145,7 @@ def to_compile(spec: GrammarSpec) -> str:
     except ValueError:
         raise InvalidRequest(f"The grammar of kind {spec.kind!r} is no JSON.", spec.param or "grammar") from None
     if spec.after_token_id is not None and spec.kind != "tools":
-        body = {"type": "sequence", "elements": [_const(AFTER_THINKING), body]}
+        body = {"type": "sequence", "elements": [const(AFTER_THINKING), body]}
     return json.dumps({"type": "structural_tag", "format": body})
 
 
@@ -157,7 +155,7 @@ def _body(spec: GrammarSpec) -> dict[str, Any]:
     if spec.kind == "regex":
         return {"type": "regex", "pattern": spec.source}
     if spec.kind == "choice":
-        return {"type": "or", "elements": [_const(text) for text in json.loads(spec.source)]}
+        return {"type": "or", "elements": [const(text) for text in json.loads(spec.source)]}
     if spec.kind == "grammar":
         return {"type": "grammar", "grammar": spec.source}
     if spec.kind in ("structural_tag", "tools"):
@@ -171,14 +169,13 @@ def _call(function: Mapping[str, Any], where: str, is_strict: bool) -> dict[str,
     if not isinstance(name, str) or not name or any(char in name for char in "\"'<>\n"):
         raise InvalidRequest(f"{where}.name must be a name without quotes, angle brackets and newlines.",
                              f"{where}.name")  # fmt: skip
-    content: dict[str, Any] = {"type": "any_text", "excludes": ["</invoke>", "<invoke name="]}
+    content = text_without(("</invoke", "<invoke"))
     if is_strict:
         param = f"{where}.parameters"
         parameters = function.get("parameters")
         schema: Any = {"type": "object", "properties": {}} if parameters in (None, {}) else parameters
         _check_nesting(schema, param)
-        content = {"type": "json_schema", "style": "minimax_xml", "excludes": list(TAGS), "max_whitespace_cnt": 1,
-                   "json_schema": normalise(schema, param, for_tools=True)}  # fmt: skip
+        content = arguments(normalise(schema, param, for_tools=True))
     return {"type": "tag", "begin": f'<invoke name="{name}">\n', "content": content, "end": "</invoke>\n"}
 
 
@@ -193,7 +190,10 @@ def _with_schemas(part: Any, where: str) -> Any:
         if style not in ("json", "minimax_xml"):
             raise InvalidRequest(f'{where}.style must be "json" or "minimax_xml", got {style!r}.', f"{where}.style")
         inside = f"{where}.json_schema"
-        return {**part, "json_schema": normalise(part.get("json_schema"), inside, for_tools=style != "json")}
+        if style == "minimax_xml":
+            return arguments(normalise(part.get("json_schema"), inside, for_tools=True))
+        return {"type": "json_schema", "json_schema": normalise(part.get("json_schema"), inside),
+                "max_whitespace_cnt": MAX_WHITESPACE}  # fmt: skip
     for key in ("pattern", "grammar"):
         if key in part:
             _check_text(part[key], "text", f"{where}.{key}")
@@ -212,10 +212,6 @@ def _from_structures(tag: Mapping[str, Any], param: str) -> dict[str, Any]:
     if not isinstance(triggers, list) or not all(isinstance(trigger, str) and trigger for trigger in triggers):
         raise InvalidRequest(f"{param}.triggers must be a list of non-empty strings.", f"{param}.triggers")
     return {"type": "triggered_tags", "triggers": triggers, "tags": tags}
-
-
-def _const(text: str) -> dict[str, Any]:
-    return {"type": "const_string", "value": text}
 
 
 def _check_text(text: Any, right: str, param: str) -> None:
