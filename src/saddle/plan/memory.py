@@ -134,7 +134,7 @@ def kv_capacity(
             "more with --kv-cache-memory-bytes or --gpu-memory-utilization."
         )
     blocks_a_row = -(-length // block_size)
-    if blocks_a_row * block_size > fits:
+    if length > fits:
         raise StartupError(
             f"A context of {length} tokens needs {gib(blocks_a_row * block_bytes)} of KV memory, there are "
             f"{gib(kv_bytes)}. The largest that fits is --max-model-len {fits}; or give more with "

@@ -15,8 +15,8 @@ import torch
 
 from saddle.protocol import SamplingParams
 
-# Not the row's own top_k: what a search for the k largest does with ties may depend on k, and a row's neighbours must
-# not change its tokens.
+# Two, so that rows with different top_k share a call. Not the largest top_k of the rows: what a search for the k
+# largest does with ties may depend on k, and a row's neighbours must not change its tokens.
 WIDTHS = (64, 1024)
 
 

@@ -91,6 +91,12 @@ def test_not_even_one_block() -> None:
             capacity(1599, asked)
 
 
+def test_too_short_for_a_prompt_and_an_answer() -> None:
+    with pytest.raises(StartupError, match="--max-model-len must be at least 2"):
+        capacity(10**9, 1)
+    assert capacity(10**9, 2).max_model_len == 2
+
+
 def test_longer_than_the_checkpoint() -> None:
     with pytest.raises(StartupError, match="--max-model-len must be at most 1000, the checkpoint's, got 1001"):
         capacity(10**9, 1001)

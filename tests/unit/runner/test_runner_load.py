@@ -14,7 +14,7 @@ from tests.support.checkpoint import SMALL, write_random_checkpoint
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import StartupError
 from saddle.executor.inproc import InprocExecutor
-from saddle.protocol import DeviceInfo, SamplingParams
+from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepPlan
 from saddle.runner import runner as module
 from saddle.runner.runner import Runner
 
@@ -111,6 +111,12 @@ def test_progress_names_its_phases(folder: Path) -> None:
     assert seen[0][0] == "loading weights" and seen[-1][0] == "warming up"
     shares = [share for phase, share in seen if phase == "loading weights"]
     assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_the_first_steps_leave_no_request_behind(folder: Path) -> None:
+    runner, _ = load(folder, max_model_len=64)
+    runner.forward(StepPlan(1, [], [RowWork(0, 0, 1, 0, [], True, 64)], []))
+    assert "row 0 is at epoch -1" in str(runner.sample(1, None).error)
 
 
 def test_ids_behind_the_tokenizer_are_not_sampled(folder: Path) -> None:

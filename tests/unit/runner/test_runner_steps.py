@@ -259,3 +259,22 @@ def test_prompt_logprobs_in_any_chunks(plans: Plans, chunks: list[int]) -> None:
         assert [token_id for token_id, _ in entry.top] == row.topk(2).indices.tolist()
     # Decoding goes on without them.
     assert plans.step(plans.work(0, 1)).prompt_logprobs == []
+
+
+def test_prompt_logprobs_of_several_rows_at_once(plans: Plans) -> None:
+    params = SamplingParams(temperature=0.0, prompt_logprobs=1)
+    prompts = [prompt_of(n, n) for n in (9, 14, 5)]
+    alone = []
+    for ids in prompts:
+        alone += plans.start(4, ids, params).prompt_logprobs
+        plans.release(4)
+    admits = [plans.admit(row, ids, params) for row, ids in enumerate(prompts)]
+    found = plans.step(*(plans.work(row, len(ids)) for row, ids in enumerate(prompts)), admits=admits).prompt_logprobs
+    assert [part.row for part in found] == [0, 1, 2]
+    for one, other in zip(found, alone, strict=True):
+        assert [(entry.token_id, entry.rank) for entry in one.logprobs] == [
+            (entry.token_id, entry.rank) for entry in other.logprobs
+        ]
+        assert [entry.logprob for entry in one.logprobs] == pytest.approx(
+            [entry.logprob for entry in other.logprobs], abs=1e-4
+        )

@@ -28,6 +28,16 @@ def kept(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return torch.zeros(VOCAB, dtype=torch.float64).scatter(0, token_ids[0], found[0].double().softmax(-1))
 
 
+def test_how_many_candidates_are_gathered() -> None:
+    def width(vocab_size: int = VOCAB, **params: float) -> int:
+        return truncation.width_of(SamplingParams(**params), vocab_size)  # type: ignore[arg-type]
+
+    assert [width(top_k=k) for k in (1, 64, 65, 1024, 1025, 1499)] == [64, 64, 1024, 1024, VOCAB, VOCAB]
+    assert [width(top_k=k) for k in (0, -1, 1500, 9999)] == [0] * 4
+    assert [width(top_p=0.9), width(min_p=0.5), width(top_k=40, top_p=0.9)] == [VOCAB, 0, 64]
+    assert [width(50, top_k=5), width(50, top_k=50), width(50, top_p=0.5)] == [50, 0, 50]
+
+
 @pytest.mark.parametrize("spread", [0.5, 3.0])
 def test_support_and_shares_equal_a_full_sort(spread: float) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(7)) * spread
@@ -42,6 +52,7 @@ def test_the_most_likely_id_always_stays() -> None:
     logits = torch.zeros(VOCAB)
     logits[3] = 1e-3
     for params in (SamplingParams(top_p=1e-9), SamplingParams(min_p=1.0), SamplingParams(top_k=40, top_p=1e-9),
+                   SamplingParams(top_p=1e-300),
                    SamplingParams(top_k=40, min_p=1.0)):  # fmt: skip
         assert kept(logits, params).nonzero().flatten().tolist() == [3]
 
