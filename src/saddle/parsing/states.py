@@ -145,6 +145,7 @@ class Machine:
         self._said: list[str] = []  # parts of one kind that are no event yet
         self._kind: type[TextDelta] | type[ReasoningDelta] | type[ToolArgs] = TextDelta
         self._text = ""  # what the current state has not decided yet
+        self._under_way = ""  # the text that the step under way uses up
         self._blank: list[str] = []  # white space: in front of content, or at the end of reasoning
         self._in_segment = False  # whether content since the last block of calls is more than white space
         self._wrote_think = not starts_in_reasoning or thinking is not Thinking.APPEND
@@ -159,8 +160,10 @@ class Machine:
     def text(self, text: str) -> None:
         """Text that is no tag."""
         self._text += text
-        while self._text and self._advance():
-            pass
+        while self._text:
+            self._under_way = self._text
+            if not self._advance():
+                break
 
     def tag(self, terminal: Terminal) -> None:
         """One of the four tags, as a token."""
@@ -168,6 +171,7 @@ class Machine:
             self.text(terminal.value)
             return
         held, self._text = self._text, ""
+        self._under_way = held + terminal.value
         self._plain(held)
         known = self._reads_calls or terminal not in (Terminal.CALLS, Terminal.END_CALLS)
         if known and (self.state, terminal) in TABLE:
@@ -191,10 +195,8 @@ class Machine:
         self._say(blank, ReasoningDelta if self.state is State.REASONING else TextDelta)
 
     def abandon(self) -> str:
-        """Give up reading: the text that was not read yet."""
-        text, self._text = "".join(self._blank) + self._text, ""
-        self._blank = []
-        return text
+        """Give up reading, in the middle of a step: the text that is not out yet, and perhaps a little that is."""
+        return "".join(self._blank) + self._under_way
 
     def take(self) -> list[Event]:
         """The events since the last time."""

@@ -224,20 +224,20 @@ class StreamParser:
             else:
                 self._machine.tag(self._tags[segment.tag_id])
         except Exception:
-            self._degrade(segment.text)
+            self._degrade()
 
     def _finish(self, ended_itself: bool) -> None:
         if self._parses and not self._failed:
             try:
                 self._machine.finish(ended_itself)
             except Exception:
-                self._degrade("")
+                self._degrade()
 
-    def _degrade(self, text: str) -> None:
+    def _degrade(self) -> None:
         """A fault in the parser costs the structure of an answer, never the answer."""
         logger.exception("The output could not be parsed and goes on as plain text.")
         self._failed = True
-        self._plain.append(self._machine.abandon() or text)
+        self._plain.append(self._machine.abandon())
 
     def _tokens(self, delta: TokenDelta, taken: int) -> list[Event]:
         if not self._want_tokens or not (taken or delta.prompt_logprobs):

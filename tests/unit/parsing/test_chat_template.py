@@ -50,7 +50,7 @@ def test_all_goldens_are_there(vectors: dict[str, Any]) -> None:
 def test_a_whole_prompt(tokenizer: Tokenizer) -> None:
     """What needs no golden to see: the frame, the tools, the thinking of the running loop only."""
     call = {"id": "1", "function": {"name": "f", "arguments": {"a": "x", "n": 1, "o": {"é": None}}}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "reasoning_content": "old", "content": "first"},
         {"role": "user", "content": "two"},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tests.unit.parsing.parsing_support import LENGTH, block, call, calls_of, cut, feed, parser, read, tool
 
+from saddle.parsing.arguments import Arguments
 from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, ToolArgs, ToolEnd, ToolStart
 from saddle.parsing.fold import Completion, fold
 from saddle.parsing.tokenizer import Tokenizer
@@ -96,6 +97,12 @@ ANSWERS: dict[str, tuple[str, str, list[tuple[str, dict[str, Any]]]]] = {
                                   [("other", {"a": 1, "b": "x", "c": True, "d": [1], "e": "trued", "f": "s"})]),
     "a block with no call is text": (block("{}"), "<minimax:tool_call>\n{}</minimax:tool_call>", []),
     "an empty block": ("a" + block(""), "a", []),
+    "half of a markup before a tag": ("a<in" + block(call("ping")), "a<in", [("ping", {})]),
+    "a tag in a name": (block('<invoke name="<think>"></invoke>'), "", [("<think>", {})]),
+    "a name without an end": ("<invoke name=" + "x" * 2000 + ">", "<invoke name=" + "x" * 2000 + ">", []),
+    "a name without an end in a block": (block("<invoke name=" + "x" * 2000), block("<invoke name=" + "x" * 2000), []),
+    "a parameter's name without an end": (block('<invoke name="ping"><parameter name=' + "x" * 2000 + "</invoke>"), "",
+                                          [("ping", {})]),
     "text that spells markup": ("a < b <in <invoke nam", "a < b <in <invoke nam", []),
 }  # fmt: skip
 
@@ -274,16 +281,17 @@ def test_indices_and_ids(tokenizer: Tokenizer) -> None:
 def test_ends(tokenizer: Tokenizer) -> None:
     """Exactly one Done or Failed, the last event; nothing afterwards."""
     ids = tokenizer.encode("ab")
-    for reason, last in [
+    kinds: list[tuple[FinishReason, type[Done] | type[Failed]]] = [
         (FinishReason.LENGTH, Done), (FinishReason.ABORT, Done), (FinishReason.STOP, Done),
         (FinishReason.ERROR, Failed),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for reason, last in kinds:
         stream = parser(tokenizer)
         assert [type(event) for event in stream.feed(TokenDelta(request_id="r", token_ids=ids))] == [ReasoningDelta]
         [end] = stream.feed(TokenDelta(request_id="r", finish_reason=reason, error="broke", num_cached_tokens=3))
-        assert isinstance(end, last)
+        assert isinstance(end, (Done, Failed)) and type(end) is last
         assert end.usage.num_completion_tokens == 2 and end.usage.num_cached_tokens == 3
-        assert end.message == "broke" if isinstance(end, Failed) else end.finish_reason is reason
+        assert end.message == "broke" if isinstance(end, Failed) else reason is end.finish_reason
         assert stream.feed(TokenDelta(request_id="r", token_ids=ids, finish_reason=reason)) == []
 
 
@@ -311,14 +319,19 @@ def test_broken_utf8_at_the_end_is_not_lost(tokenizer: Tokenizer) -> None:
     assert (answer.reasoning, answer.content) == ("\ufffd", "\ufffd")
 
 
-def test_a_failing_parser_degrades_to_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from saddle.parsing.arguments import Arguments
-
-    def broken(self: Arguments, text: str) -> str:
+@pytest.mark.parametrize(("method", "rest"), [
+    ("add", "/a</parameter>\n</invoke>\n</minimax:tool_call>z"),
+    ("begin", '"path">/a</parameter>\n</invoke>\n</minimax:tool_call>z'),
+    ("end", "</parameter>\n</invoke>\n</minimax:tool_call>z"),
+    ("close", "</invoke>\n</minimax:tool_call>z"),
+])  # fmt: skip
+def test_a_failing_parser_degrades_to_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, method: str,
+                                           rest: str) -> None:  # fmt: skip
+    def broken(*_: Any) -> str:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Arguments, "add", broken)
+    monkeypatch.setattr(Arguments, method, broken)
     text = "</think>a" + block(call("write", path="/a")) + "z"
     answer = in_all_splits(tokenizer, text)
-    assert answer.content == "a/a</parameter>\n</invoke>\n</minimax:tool_call>z"
+    assert answer.content.replace("a", "", 1).lstrip("\n") == rest
     assert answer.finish_reason is FinishReason.STOP and answer.error is None

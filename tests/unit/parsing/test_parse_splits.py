@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from tests.unit.parsing.parsing_support import LENGTH, STOP, block, call, calls_
 
 from saddle.parsing.fold import fold
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import SamplingParams
+from saddle.protocol import FinishReason, SamplingParams
 
 TOOLS = [
     tool("f", a={"type": "string"}, n={"type": "integer"}, o={"type": ["string", "null"]}),
@@ -31,8 +32,10 @@ PARTS = [
        st.sampled_from(["minimax_m2", "minimax_m2_append_think", None]), st.booleans(),
        st.lists(st.sampled_from(["\n", "x", "</in", "é日", "k>"]), max_size=2),
        st.sampled_from([STOP, LENGTH]))  # fmt: skip
-def test_any_output_in_any_split(tokenizer: Tokenizer, parts, seed, reasoning_parser, starts_in_reasoning, stops,
-                                 reason) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
+def test_any_output_in_any_split(
+    tokenizer: Tokenizer, parts: list[str], seed: int, reasoning_parser: Any, starts_in_reasoning: bool,
+    stops: list[str], reason: FinishReason,
+) -> None:  # fmt: skip
     ids = tokenizer.encode("".join(parts))
     params = SamplingParams(stop=tuple(stops))
 
@@ -86,7 +89,7 @@ def test_a_delta_costs_its_own_length(tokenizer: Tokenizer) -> None:
     """No step of a long string looks at what came before: the parser holds a few characters only."""
     stream = parser(tokenizer, tools=TOOLS)
     ids = tokenizer.encode("</think>" + '<minimax:tool_call><invoke name="f"><parameter name="a">' + "word <b " * 3000)
-    held = Counter()
+    held: Counter[int] = Counter()
     for delta in cut(ids, [1] * len(ids)):
         feed(stream, [delta], None)
         held[len(stream._machine._text)] += 1

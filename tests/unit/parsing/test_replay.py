@@ -66,7 +66,7 @@ def spelt(tokenizer: Tokenizer, text: str, rng: random.Random) -> list[int]:
 
 
 PLAIN = st.text("ab the\n é日🎉{}\"\\<>'", max_size=12)
-VALUES = st.dictionaries(  # fmt: skip
+VALUES = st.dictionaries(
     st.sampled_from("ano"),
     st.one_of(PLAIN, st.integers(-(10**6), 10**6).map(str),
               st.sampled_from(["5.0", '{"b": 1, "a": [2.50, null]}', "null"])),

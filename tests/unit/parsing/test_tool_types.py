@@ -52,6 +52,8 @@ def test_types(text: str, types: Any, expected: Any) -> None:
      {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"},
                                        "l": {"type": "array", "items": {"type": "number"}}}},
      {"n": 5, "s": "5", "l": [1, "x"]}),
+    ('{"a": "1", "b": "2"}', {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "type": "object",
+                              "allOf": [{"properties": {"a": {"type": "integer"}, "c": {}}}]}, {"a": "1", "b": 2}),
     ('["12"]', {"type": "array", "items": {"type": ["integer", "string"]}}, ["12"]),
     ('{"a": {"b": "1"}}', {"type": "object", "properties": {"a": {"properties": {"b": {"type": "integer"}}}}},
      {"a": {"b": 1}}),
