@@ -335,3 +335,13 @@ def test_a_failing_parser_degrades_to_text(tokenizer: Tokenizer, monkeypatch: py
     answer = in_all_splits(tokenizer, text)
     assert answer.content.replace("a", "", 1).lstrip("\n") == rest
     assert answer.finish_reason is FinishReason.STOP and answer.error is None
+
+
+def test_a_parser_that_fails_at_a_tag_degrades_to_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Arguments, "close", broken)
+    answer = in_all_splits(tokenizer, '</think>a<minimax:tool_call><invoke name="ping"></inv</minimax:tool_call>z')
+    assert answer.content == "a</inv</minimax:tool_call>z"
+    assert answer.finish_reason is FinishReason.STOP and answer.error is None

@@ -86,7 +86,10 @@ def test_a_tool_loop_is_the_ids_that_were_generated(tokenizer: Tokenizer, turns:
         ids = spelt(tokenizer, text, random.Random(seed))
         chat.answer(chat.generate(ids))
         rendered = chat.prompt()
-        assert rendered.token_ids[: len(expected) + len(ids) + 1] == [*expected, *ids, tokenizer.eos_id]
+        generated = [*expected, *ids, tokenizer.eos_id]
+        assert rendered.token_ids[: len(generated)] == generated
+        rest = tokenizer.decode(rendered.token_ids[len(generated) :], skip_special_tokens=False)
+        assert rest.startswith("\n]~b]tool\n")
         expected = rendered.token_ids
     assert rendered.num_replayed == len(turns)
 
@@ -118,6 +121,17 @@ def test_clients_that_spell_it_their_way(tokenizer: Tokenizer, changed: dict[str
         changed = {**changed, "tool_calls": [{"id": one.id, "type": "function", "function": function}]}
     chat.answer(made, **changed)
     assert chat.prompt().token_ids[: len(before) + len(ids) + 1] == [*before, *ids, tokenizer.eos_id]
+
+
+def test_whole_numbers_that_lost_their_fraction(tokenizer: Tokenizer) -> None:
+    """A client in JavaScript reads 2.0 and writes 2."""
+    chat = Chat(tokenizer)
+    text = "r\n</think>\n\n" + block(call("f", o='{"b": [2.0, 1.5]}'))
+    made = chat.generate(tokenizer.encode(text))
+    assert made.tool_calls[0].arguments == '{"o": {"b": [2.0, 1.5]}}'
+    function = {"name": "f", "arguments": '{"o":{"b":[2,1.5]}}'}
+    chat.answer(made, tool_calls=[{"id": made.tool_calls[0].id, "function": function}])
+    assert chat.prompt().num_replayed == 1
 
 
 def test_append_think_comes_back_too(tokenizer: Tokenizer) -> None:
@@ -169,10 +183,11 @@ def test_equal_turns_are_told_apart_by_their_calls(tokenizer: Tokenizer) -> None
         expected = made
 
 
-def test_earlier_rounds_are_what_the_template_makes_of_them(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("reasoning", ["Hm, so.", None])
+def test_earlier_rounds_are_what_the_template_makes_of_them(tokenizer: Tokenizer, reasoning: str | None) -> None:
     """Behind a new user message M2's template drops the thinking, and nothing is replayed against it."""
     chat = Chat(tokenizer)
-    chat.answer(chat.generate(spelt(tokenizer, GENERATED, random.Random(1))))
+    chat.answer(chat.generate(spelt(tokenizer, GENERATED, random.Random(1))), reasoning=reasoning)
     assert chat.prompt().num_replayed == 1
     chat.messages.append(USER)
     rendered = chat.prompt()
