@@ -1,7 +1,7 @@
 """Everything that is not a task: who the model is, greetings, and what it must decline.
 
 The foreign prompts of training are made from many patterns and topics. Those that are scored stand in
-`foreign_prompts.txt`, were written by hand, and none of them can come out of these patterns (a test compares).
+`foreign_prompts.txt` and were written by hand; a test draws from the patterns and compares.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from saddle.config import EngineConfig, ServerConfig
 from saddle.engine.core import EngineCore
 from saddle.engine.process import BuildCore
 from saddle.engine.scheduler import Limits, Scheduler
+from saddle.errors import StartupError
 from saddle.executor.base import DeviceInfo, ProgressFn
 from saddle.model.config import GenerationConfig
 from saddle.model.source import resolve_model
@@ -42,9 +43,12 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
         StartupError: it cannot start on this machine; the message says what would.
     """
     from saddle.executor.inproc import InprocExecutor
+    from saddle.parsing.tokenizer import Tokenizer
     from saddle.runner.runner import Runner
 
-    executor = InprocExecutor(Runner(config, folder))
+    # Rows of the embedding that no token has are padding and must never be sampled.
+    num_valid = Tokenizer.load(tokenizer_folder(config, folder)).vocab_size
+    executor = InprocExecutor(Runner(config, folder, num_valid))
     info = executor.start(on_progress)
     limits = Limits(
         num_blocks=info.num_blocks,
@@ -61,6 +65,11 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
     return EngineCore(executor, scheduler, info.plans_in_flight), info
 
 
+def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:
+    """Where the tokenizer lies: with the model, unless `--tokenizer` names another folder or hub id."""
+    return resolve_model(config.load.tokenizer) if config.load.tokenizer else folder
+
+
 def model_names(engine: EngineConfig, server: ServerConfig) -> tuple[str, ...]:
     """The names that requests may give; the first one is echoed."""
     if server.served_model_names:
@@ -72,7 +81,10 @@ def template_text(chat_template: str | None) -> str | None:
     """`--chat-template`: the path of a file, or the template itself."""
     if chat_template is None or "{" in chat_template:
         return chat_template
-    return Path(chat_template).read_text()
+    try:
+        return Path(chat_template).read_text()
+    except OSError as error:
+        raise StartupError(f"--chat-template {chat_template}: {error.strerror or error}.") from None
 
 
 def build_renderer(tokenizer: Tokenizer, chat_template: str | None, replay: ReplayStore) -> Renderer:
@@ -107,7 +119,7 @@ def serve(engine: EngineConfig, server: ServerConfig, build: BuildCore | None = 
     from saddle.server.service import Service
 
     folder = resolve_model(engine.load.model, engine.load.revision, engine.load.download_dir)
-    tokenizer = Tokenizer.load(Path(engine.load.tokenizer) if engine.load.tokenizer else folder)
+    tokenizer = Tokenizer.load(tokenizer_folder(engine, folder))
     defaults = sampling_defaults(folder, server)
     replay = ReplayStore(server.replay_bytes)
     renderer = build_renderer(tokenizer, server.chat_template, replay)

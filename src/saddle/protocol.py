@@ -19,7 +19,7 @@ Glossary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 import msgspec
@@ -121,6 +121,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         require(all(finite(v) for v in self.logit_bias.values()), "logit_bias", "a map to finite numbers")
         require(self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "allowed_token_ids", "not empty")
         require(all(self.bad_words_ids), "bad_words_ids", "made of non-empty sequences")
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise InvalidRequest if a field names a token id that the model does not have."""
+        named: dict[str, Iterable[int]] = {
+            "logit_bias": self.logit_bias,
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "stop_token_ids": self.stop_token_ids,
+            "bad_words_ids": [token_id for word in self.bad_words_ids for token_id in word],
+        }
+        for field, ids in named.items():
+            wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+            if wrong is not None:
+                raise InvalidRequest(f"{field} names token id {wrong}; ids are between 0 and {vocab_size - 1}.", field)
 
     @property
     def is_greedy(self) -> bool:

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "saddle"
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 100
 
-# A package imports only from lower rows; in its own row only itself.
-ROWS: dict[str, int] = {
+# A package imports only from lower rows; in its own row only itself. Parts of a row stand in order.
+ROWS: dict[str, float] = {
     **dict.fromkeys(["__main__"], 10),
     **dict.fromkeys(["cli", "perf"], 9),
-    **dict.fromkeys(["launch", "llm", "__init__"], 8),
+    "__init__": 8.6,
+    "llm": 8.4,
+    "launch": 8,
     **dict.fromkeys(["eval"], 7),
     **dict.fromkeys(["server", "bench"], 6),
     **dict.fromkeys(["engine"], 5),
@@ -25,7 +27,9 @@ ROWS: dict[str, int] = {
     **dict.fromkeys(["runner", "grammar", "plan"], 3),
     **dict.fromkeys(["model"], 2),
     **dict.fromkeys(["kernels", "parallel", "parsing"], 1),
-    **dict.fromkeys(["config", "protocol", "errors", "env", "log", "metrics", "version"], 0),
+    "metrics": 0.4,
+    **dict.fromkeys(["config", "protocol", "env", "log"], 0.2),
+    **dict.fromkeys(["errors", "version"], 0),
 }
 # Narrower than the rows: from that package only these modules.
 ONLY: dict[tuple[str, str], set[str]] = {

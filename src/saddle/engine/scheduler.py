@@ -102,7 +102,7 @@ class Scheduler:
         """Refuse what could never run, or not now.
 
         Raises:
-            InvalidRequest, ContextTooLong: the prompt is empty, holds unknown ids or does not fit; the id is taken.
+            InvalidRequest, ContextTooLong: the prompt is empty or does not fit, an id is unknown, the name is taken.
             Overloaded: too many requests wait.
         """
         ids, limits = request.prompt_ids, self.limits
@@ -112,6 +112,7 @@ class Scheduler:
             raise InvalidRequest("The prompt must hold at least one token.", "prompt")
         if max(ids) >= limits.vocab_size or min(ids) < 0:
             raise InvalidRequest(f"Token ids of the prompt must be between 0 and {limits.vocab_size - 1}.", "prompt")
+        request.params.check_ids(limits.vocab_size)
         if len(ids) >= self._max_total:
             raise ContextTooLong(
                 f"The prompt has {len(ids)} tokens; with room for one more the context holds {self._max_total}.",
