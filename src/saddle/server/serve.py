@@ -28,6 +28,7 @@ from saddle.config import ServerConfig
 from saddle.engine.client import EngineClient
 from saddle.errors import EngineDead, StartupError
 from saddle.protocol import EngineStats
+from saddle.server.progress import show_loading
 from saddle.server.service import Service
 from saddle.version import VERSION
 
@@ -205,6 +206,7 @@ async def _drain(
 async def _report(service: Service, client: EngineClient, where: str) -> None:
     """Say when the engine is ready; then one line every ten seconds in which there was something to do."""
     with contextlib.suppress(EngineDead, StartupError):  # `serve` waits for that too, and answers it
+        await show_loading(client.state)
         ready = await client.wait_ready()
         for line in ready.lines:
             logger.info("%s", line)
