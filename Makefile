@@ -21,6 +21,6 @@ test: install-test
 	$(BIN)/python -m pytest tests/serve
 
 check: install-test
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff check src tests scripts demo
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py

@@ -87,7 +87,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """ids [B, T] -> logits [B, T, V] and loads [layers, experts]."""
 
-    def __init__(self, shape: Shape = Shape()) -> None:  # noqa: B008  (frozen)
+    def __init__(self, shape: Shape = Shape()) -> None:
         super().__init__()
         self.shape = shape
         self.embed = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden) * 0.02)

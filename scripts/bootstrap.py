@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     args = parser.parse_args()
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        print(f"Saddle needs Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, this is {sys.version.split()[0]}.")
+        print(f"Saddle needs Python 3.{OLDEST[1]} to 3.{NEWEST[1]}, this is {sys.version.split()[0]}.")
         return 1
     wanted = (ROOT / "pyproject.toml").read_bytes() + CPU_CONSTRAINTS.read_bytes() + sys.version.encode()
     stamp = args.venv / f".saddle-{args.extras.replace(',', '-') or 'base'}"

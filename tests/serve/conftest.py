@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.tokenizer import build_tokenizer
 
 from saddle.parsing.tokenizer import Tokenizer
+from tests.support.tokenizer import build_tokenizer
 
 SCRIPTED = ("-m", "tests.serve.device")
 

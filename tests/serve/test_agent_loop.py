@@ -9,10 +9,10 @@ from typing import Any
 
 import openai
 import pytest
-from tests.serve.conftest import SCRIPTED
-from tests.serve.processes import ROOT, ServerProcess
 
 from saddle.parsing.tokenizer import Tokenizer
+from tests.serve.conftest import SCRIPTED
+from tests.serve.processes import ROOT, ServerProcess
 
 BLOCK = 16
 TOOLS: list[Any] = [

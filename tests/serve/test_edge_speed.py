@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from tests.serve.conftest import SCRIPTED
 from tests.serve.processes import ServerProcess
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from tests.serve.conftest import SCRIPTED
 from tests.serve.processes import ServerProcess, left_behind, port_is_free, wait_for
 from tests.unit.server.harness import until

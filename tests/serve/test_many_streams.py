@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from tests.serve.conftest import SCRIPTED
 from tests.serve.processes import ServerProcess
 

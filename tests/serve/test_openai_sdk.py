@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from tests.serve.processes import ServerProcess
 from tests.support.checkpoint import write_random_checkpoint
 from tests.unit.server.test_bad_requests import CASES

@@ -29,7 +29,7 @@ def test_paths_exist(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page: str) -> None:
     text = (ROOT / page).read_text()
-    for command in re.findall(r"`?(?:\.venv/bin/)?saddle (\w+)", text):
-        assert command in COMMANDS or not command.islower(), f"{page} names `saddle {command}`"
-    for target in re.findall(r"`?make ([a-z-]+)\b", text):
+    for command in re.findall(r"(?:^|`)(?:\.venv/bin/)?saddle ([a-z]+)", text, re.M):
+        assert command in COMMANDS, f"{page} names `saddle {command}`"
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)\b", text, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"{page} names `make {target}`"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tokenizer import build_tokenizer
 
 from saddle.cli.parse import parse, split
 from saddle.errors import InvalidRequest
 from saddle.parsing.tokenizer import Tokenizer
+from tests.support.tokenizer import build_tokenizer
 
 THOUGHT = "I look it up.\n</think>\n\n"
 CALL = (

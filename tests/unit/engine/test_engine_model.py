@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.checkpoint import SMALL, write_random_checkpoint
 
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.engine.core import EngineCore
 from saddle.engine.scheduler import Limits, Scheduler
 from saddle.protocol import SamplingParams, TokenRequest
+from tests.support.checkpoint import SMALL, write_random_checkpoint
 
 torch = pytest.importorskip("torch")
 

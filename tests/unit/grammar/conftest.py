@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.tokenizer import build_tokenizer
 
 from saddle.grammar.backend import XGrammarBackend
 from saddle.parsing.tokenizer import Tokenizer
+from tests.support.tokenizer import build_tokenizer
 
 PADDING = 5
 REFERENCE = Path(__file__).resolve().parents[3] / ".." / "shared" / "reference"

@@ -9,7 +9,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tests.unit.grammar.grammar_support import Case, Sampler, as_xml, bfcl_cases, compiled, feed
 
 from saddle.errors import InvalidRequest
 from saddle.grammar.backend import XGrammarBackend
@@ -18,6 +17,7 @@ from saddle.parsing.fold import Completion, fold
 from saddle.parsing.stream import StreamParser
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, SamplingParams, TokenDelta
+from tests.unit.grammar.grammar_support import Case, Sampler, as_xml, bfcl_cases, compiled, feed
 
 EVERY = int(os.environ.get("BFCL_EVERY", "4"))  # random calls for each so many cases; 1 for all
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tests.unit.grammar.grammar_support import SUITE, SUITE_HINT, Sampler
 
 from saddle.errors import InvalidRequest
 from saddle.grammar import spec as build
 from saddle.grammar.backend import XGrammarBackend
 from saddle.parsing.tokenizer import Tokenizer
+from tests.unit.grammar.grammar_support import SUITE, SUITE_HINT, Sampler
 
 NUM_OUTPUTS = 8
 

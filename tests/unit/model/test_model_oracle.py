@@ -9,12 +9,12 @@ import model_support as support
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.checkpoint import M2_LIKE, SMALL, Shape, write_random_checkpoint
 
 from saddle.kernels import moe, norm_rope
 from saddle.model import m2
 from saddle.model.formats import Fp8Slice
 from saddle.model.m2 import MiniMaxM2
+from tests.support.checkpoint import M2_LIKE, SMALL, Shape, write_random_checkpoint
 
 TOLERANCE = 1e-4  # largest logit difference over the largest logit, float32
 # bfloat16. Measured on these checkpoints: KL 0.017 to 0.029, agreement 0.93 to 0.96; with a fault of those below

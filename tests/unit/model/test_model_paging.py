@@ -8,13 +8,13 @@ import random
 import model_support as support
 import pytest
 import torch
-from tests.support.checkpoint import M2_LIKE, SMALL, Shape, config_json
 
 from saddle.kernels import attention
 from saddle.model import weights as w
 from saddle.model.config import ModelConfig
 from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
+from tests.support.checkpoint import M2_LIKE, SMALL, Shape, config_json
 
 TOLERANCE = 1e-5  # float32 rounding, relative to the largest logit
 

@@ -12,13 +12,13 @@ import model_support as support
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.support.checkpoint import Shape, config_json, random_tensors, save_shards, write_random_checkpoint
 
 from saddle.errors import CheckpointError
 from saddle.model import weights as w
 from saddle.model.config import ModelConfig
 from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout, Slice
+from tests.support.checkpoint import Shape, config_json, random_tensors, save_shards, write_random_checkpoint
 
 # Widths of one and a half scale blocks at tp 2, as M2's experts have at tp 8.
 SHAPE = Shape(vocab_size=320, hidden_size=256, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=64,

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tokenizer import build_tokenizer
 
 from saddle.parsing.tokenizer import Tokenizer
+from tests.support.tokenizer import build_tokenizer
 
 REFERENCE = Path(__file__).resolve().parents[3] / ".." / "shared" / "reference"
 

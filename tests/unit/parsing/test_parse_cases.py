@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from tests.unit.parsing.parsing_support import LENGTH, block, call, calls_of, cut, feed, parser, read, tool
 
 from saddle.parsing.arguments import Arguments
 from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, ToolArgs, ToolEnd, ToolStart
 from saddle.parsing.fold import Completion, fold
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, SamplingParams, TokenDelta
+from tests.unit.parsing.parsing_support import LENGTH, block, call, calls_of, cut, feed, parser, read, tool
 
 TEXT, INTEGER = {"type": "string"}, {"type": "integer"}
 TOOLS = [

@@ -9,11 +9,11 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.parsing.parsing_support import LENGTH, STOP, block, call, calls_of, cut, feed, parser, tool
 
 from saddle.parsing.fold import fold
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, SamplingParams
+from tests.unit.parsing.parsing_support import LENGTH, STOP, block, call, calls_of, cut, feed, parser, tool
 
 TOOLS = [
     tool("f", a={"type": "string"}, n={"type": "integer"}, o={"type": ["string", "null"]}),

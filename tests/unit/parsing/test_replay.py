@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.parsing.parsing_support import LENGTH, block, call, cut, feed, parser, tool
 
 from saddle.parsing.conversation import normalise
 from saddle.parsing.fold import Completion, fold
 from saddle.parsing.render import Rendered, Renderer
 from saddle.parsing.replay import ReplayStore, Turn
 from saddle.parsing.tokenizer import Tokenizer
+from tests.unit.parsing.parsing_support import LENGTH, block, call, cut, feed, parser, tool
 
 TOOLS = [tool("f", a={"type": "string"}, n={"type": "number"}, o={"type": "object"})]
 USER = {"role": "user", "content": "Go."}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.parsing.parsing_support import LENGTH, block, call, cut, feed, parser, tool
 
 from saddle.parsing.events import Tokens
 from saddle.parsing.fold import fold
 from saddle.parsing.stops import Segment, StopStrings
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, SamplingParams, TokenDelta, TokenLogprobs
+from tests.unit.parsing.parsing_support import LENGTH, block, call, cut, feed, parser, tool
 
 OPTIONS = {"tools": [tool("f", a={"type": "string"})]}
 

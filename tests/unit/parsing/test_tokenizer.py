@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.tokenizer import build_tokenizer
 
 from saddle.errors import StartupError
 from saddle.parsing.tokenizer import Tokenizer
+from tests.support.tokenizer import build_tokenizer
 
 
 def test_control_tokens(tokenizer: Tokenizer) -> None:

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from tests.unit.parsing.parsing_support import tool
 
 from saddle.parsing.arguments import Arguments
 from saddle.parsing.tools import LITERAL, TEXT, Parameter, Tools
+from tests.unit.parsing.parsing_support import tool
 
 
 def value(text: str, schema: Any, root: Any = None) -> Any:

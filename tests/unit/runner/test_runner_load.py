@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from plans_support import Plans
-from tests.support.checkpoint import SMALL, write_random_checkpoint
 
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import StartupError
@@ -17,6 +16,7 @@ from saddle.executor.inproc import InprocExecutor
 from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepPlan
 from saddle.runner import runner as module
 from saddle.runner.runner import Runner
+from tests.support.checkpoint import SMALL, write_random_checkpoint
 
 BYTES_PER_TOKEN = SMALL.num_layers * 2 * SMALL.num_kv_heads * SMALL.head_dim * 4  # float32
 

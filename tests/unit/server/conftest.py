@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.tokenizer import build_tokenizer
 
 from saddle.parsing.tokenizer import Tokenizer
+from tests.support.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from prometheus_client.parser import text_string_to_metric_families
-from tests.unit.server.harness import NAME, running, words
 
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats
 from saddle.version import VERSION
+from tests.unit.server.harness import NAME, running, words
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}

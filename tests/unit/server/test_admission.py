@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator, Iterable
 
 import aiohttp
 import pytest
-from tests.unit.server.harness import Harness, refuse, running, until, words
 
 from saddle.config import ServerConfig
 from saddle.errors import InvalidRequest, Overloaded
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats, TokenDelta, TokenRequest
 from saddle.server.sse import ClientGone, whole
+from tests.unit.server.harness import Harness, refuse, running, until, words
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}

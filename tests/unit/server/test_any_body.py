@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.server.harness import running, words
 
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.server.wire_openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from tests.unit.server.harness import running, words
 
 FINE = {200, 400, 404}
 ROUTES = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.server.harness import running, words
 
 from saddle.parsing.tokenizer import Tokenizer
+from tests.unit.server.harness import running, words
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from tests.unit.server.harness import NAME, Harness, running, words
 
 from saddle.config import ServerConfig
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineReady, FinishReason, TokenDelta, TokenLogprobs, TokenRequest
+from tests.unit.server.harness import NAME, Harness, running, words
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]

@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from tests.unit.server.harness import NAME, running, words
-
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, TokenDelta, TokenLogprobs, TokenRequest
+from tests.unit.server.harness import NAME, running, words
 
 TEXT = "/v1/completions"
 

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from tests.unit.server.harness import running, words
 
 from saddle.config import ServerConfig
 from saddle.parsing.tokenizer import Tokenizer
+from tests.unit.server.harness import running, words
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}

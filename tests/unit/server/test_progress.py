@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import sys
 
 import pytest
@@ -37,8 +38,8 @@ async def test_a_log_gets_a_line_now_and_then(
     with caplog.at_level(logging.INFO, "saddle"):
         await asyncio.gather(progress.show_loading(state), load(state))
     lines = [record.getMessage() for record in caplog.records]
-    assert "loading weights 50% (0.50 GB)" in lines
-    assert len(lines) <= 5
+    assert lines and len(lines) <= 5  # about one in 15 ms of 60, not one in each look
+    assert all(re.fullmatch(r"loading weights \d\d% \(0\.\d\d GB\)", line) for line in lines)
 
 
 async def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

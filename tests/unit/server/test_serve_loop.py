@@ -16,7 +16,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.unit.server.harness import NAME, FakeClient, running, until, words
 
 from saddle.config import ServerConfig
 from saddle.errors import StartupError
@@ -28,6 +27,7 @@ from saddle.protocol import EngineStats, FinishReason, TokenDelta
 from saddle.server.app import build_app
 from saddle.server.serve import address, listen, report_line, serve
 from saddle.server.service import Service
+from tests.unit.server.harness import NAME, FakeClient, running, until, words
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
