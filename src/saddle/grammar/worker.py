@@ -61,7 +61,11 @@ class Trier:
         self._process = context.Process(target=run, args=arguments, name="saddle-grammar", daemon=True)
         self._process.start()
         theirs.close()
-        if self._receive(START_S) != "":
+        try:
+            answer = self._receive(START_S)
+        except TimeoutError:
+            answer = None
+        if answer != "":
             self.stop()
             raise EngineError("The process that compiles grammars did not start.")
 
@@ -73,15 +77,16 @@ class Trier:
         """
         self.start()
         assert self._pipe is not None
+        why = "takes too much memory"
         try:
             self._pipe.send(source)
             error = self._receive(self._max_compile_s)
+        except TimeoutError:
+            error, why = None, f"takes longer than {self._max_compile_s:g} s"
         except OSError:
             error = None
         if error is None:
-            timed_out = self._process.is_alive()
             self.stop()
-            why = f"takes longer than {self._max_compile_s:g} s" if timed_out else "takes too much memory"
             raise InvalidRequest(f"The grammar is too complex: compiling it {why}. Make it smaller, with fewer"
                                  " alternatives and smaller repetition counts.", param)  # fmt: skip
         if error:
@@ -97,11 +102,13 @@ class Trier:
         self._process = self._pipe = None
 
     def _receive(self, timeout_s: float) -> str | None:
-        """What the process answers; None if it ended or did not answer in time."""
+        """What the process answers; None if it ended. Raises TimeoutError if it does not answer in time."""
         assert self._pipe is not None
         try:
-            return str(self._pipe.recv()) if self._pipe.poll(timeout_s) else None
-        except (EOFError, OSError):
+            if not self._pipe.poll(timeout_s):
+                raise TimeoutError
+            return str(self._pipe.recv())
+        except (EOFError, ConnectionError):
             return None
 
 
