@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from demo import cases, export, talk
+from demo import cases, export, sums, talk
 from demo.model import Model
 from demo.tokenizer import ADDED, NOT_SPECIAL, VOCABULARY
 from saddle import LLM, SamplingParams
 from saddle.launch import demo_model_path
 from saddle.model.config import ModelConfig
 from saddle.parsing.tokenizer import Tokenizer
+from tests.unit.model import model_support as support
 
 FOLDER = demo_model_path()
 GREEDY = SamplingParams(temperature=0.0, max_tokens=700)
@@ -88,6 +89,39 @@ def test_it_says_what_it_is_and_declines_the_rest(llm: LLM) -> None:
     prompts = ["Who are you?", "Who painted the Mona Lisa?", "Write a haiku about autumn rain."]
     answers = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], GREEDY)
     assert [answer.outputs[0].text.strip() for answer in answers] == [talk.SELF, talk.DECLINE, talk.DECLINE]
+
+
+def test_it_shows_its_steps(llm: LLM) -> None:
+    [answer] = llm.chat([{"role": "user", "content": "What is 37 + 58 - 12?"}], GREEDY)
+    [only] = answer.outputs
+    assert only.text.strip() == "37 + 58 - 12 = 83" and only.finish_reason == "stop"
+    assert only.reasoning.strip() == sums.steps(sums.Expression((37, 58, 12), "+-"))
+
+
+def test_it_calls_the_tool_that_fits(llm: LLM) -> None:
+    text = {"type": "string"}
+    offered = [
+        {"type": "function", "function": {"name": name, "description": about, "parameters": {
+            "type": "object", "properties": {key: text}, "required": [key]}}}
+        for name, about, key in (("get_weather", "Get the weather.", "city"), ("send_email", "Send an email.", "to"))
+    ]  # fmt: skip
+    [answer] = llm.chat([{"role": "user", "content": "What is the weather in Paris?"}], GREEDY, tools=offered)
+    [only] = answer.outputs
+    assert [(call.name, json.loads(call.arguments)) for call in only.tool_calls] == [("get_weather", {"city": "Paris"})]
+    assert only.finish_reason == "tool_calls"
+
+
+def test_greedy_tokens_are_those_of_transformers(llm: LLM) -> None:
+    """Against MiniMaxM2ForCausalLM in float32 on the dequantised weights."""
+    case = cases.cases("tools", 1)[0]
+    [answer] = llm.generate([case.prompt], GREEDY)
+    ids, generated = llm.tokenizer.encode(case.prompt), answer.outputs[0].token_ids
+    model = support.oracle(FOLDER)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids + generated])).logits[0]
+    # Each token is the most likely one behind those before it: so greedy decoding there writes the same.
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == generated
+    assert len(generated) > 20 and generated[-1] == llm.tokenizer.eos_id
 
 
 def test_scores_belong_to_the_tasks() -> None:
