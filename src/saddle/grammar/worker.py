@@ -58,8 +58,9 @@ class Trier:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, self._vocabulary, self._max_memory_bytes)
-        self._process = context.Process(target=run, args=arguments, name="saddle-grammar", daemon=True)
-        self._process.start()
+        process = context.Process(target=run, args=arguments, name="saddle-grammar", daemon=True)
+        process.start()
+        self._process = process  # not before it runs: another thread may stop it at any time
         theirs.close()
         try:
             answer = self._receive(START_S)

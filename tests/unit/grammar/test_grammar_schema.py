@@ -1,0 +1,197 @@
+"""What a schema becomes, and which are refused with the path of the keyword at fault."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from saddle.errors import InvalidRequest
+from saddle.grammar import spec as build
+from saddle.grammar.backend import XGrammarBackend
+from saddle.grammar.merge import narrow_pattern
+from saddle.grammar.schema import normalise
+from saddle.parsing.tokenizer import Tokenizer
+from tests.unit.grammar.grammar_support import matches
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}, "required": ["x"]}
+TREE = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}}}
+CAT = {"type": "object", "properties": {"kind": {"const": "cat"}, "lives": {"type": "integer"}}, "required": ["kind"]}
+DOG = {"type": "object", "properties": {"kind": {"const": "dog"}, "name": {"type": "string"}}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "fits"),
+    [
+        (POINT, '{"x": 1, "y": -2}', True),
+        (POINT, '{"y": 1, "x": -2}', False),  # in the order of the schema
+        (POINT, '{"y": 1}', False),
+        (POINT, '{"x": 1, "z": 1}', False),  # a listed object is closed
+        (POINT, '{\n  "x": 1,\n  "y": 2\n}', True),
+        (POINT, '{' + " " * 17 + '"x": 1}', False),
+        ({**POINT, "additionalProperties": True}, '{"x": 1, "z": "é"}', True),
+        ({**POINT, "additionalProperties": {"type": "null"}}, '{"x": 1, "z": null}', True),
+        ({**POINT, "additionalProperties": {"type": "null"}}, '{"x": 1, "z": 1}', False),
+        ({**POINT, "additionalProperties": False}, '{"x": 1}', True),
+        ({"type": "object"}, '{"any": ["thing", {}]}', True),
+        ({"properties": {"a": {}}, "required": ["a"]}, '{"a": [1]}', True),  # the type that properties are about
+        ({"properties": {"a": {}}, "required": ["a"]}, '"text"', False),
+        ({"type": "object", "properties": {"b": {}, "a": {}}, "required": ["a", "b"]}, '{"b": 1, "a": 2}', True),
+        ({"type": "object", "properties": {"ключ": {"const": "значение"}}}, '{"ключ": "значение"}', True),
+        ({"type": "string"}, '"日本語 \\n \\" \\u00e9"', True),
+        ({"type": "string"}, '"raw\nline"', False),
+        ({"type": ["string", "null"]}, "null", True),
+        ({"type": "string", "nullable": True}, "null", True),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", True),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, '"x"', False),
+        ({"enum": ["a", 1, None]}, "null", True),
+        ({"enum": ["a", 1]}, '"b"', False),
+        ({"enum": ["a", 1], "type": "integer"}, '"a"', False),
+        ({"const": 5}, "5", True),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, '"日本"', True),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, '"a"', False),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, '"\x01\x02"', False),  # no JSON
+        ({"type": "string", "pattern": "^[a-z]+\\d$"}, '"ab1"', True),
+        ({"type": "string", "pattern": "^[^a]$"}, '"""', False),
+        ({"type": "string", "format": "date"}, '"2024-02-29"', True),
+        ({"type": "string", "format": "date"}, '"today"', False),
+        ({"type": "integer", "minimum": 3, "exclusiveMaximum": 12}, "11", True),
+        ({"type": "integer", "minimum": 3, "exclusiveMaximum": 12}, "12", False),
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, "[1, 2]", True),
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, "[1, 2, 3]", False),
+        ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "null"}], "items": False}, "[1, null]", True),
+        ({"type": "array", "items": [{"type": "integer"}, {"type": "null"}]}, "[1, 1]", False),
+        ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, "2", False),
+        ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, "3", True),
+        ({**POINT, "anyOf": [{"required": ["y"]}, {"maxProperties": 1}]}, '{"x": 1, "y": 1}', True),
+        ({**POINT, "allOf": [{"required": ["y"]}]}, '{"x": 1}', False),
+        ({"oneOf": [CAT, DOG]}, '{"kind": "dog", "name": "b"}', True),
+        ({"oneOf": [CAT, DOG]}, '{"kind": "dog", "lives": 1}', False),
+        (TREE, '{"kids": [{"kids": []}, {}]}', True),
+        (TREE, '{"kids": [1]}', False),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "null"}}}, "null", True),
+        ({"$ref": "#/$defs/p", "required": ["y"], "$defs": {"p": POINT}}, '{"x": 1}', False),
+        (True, "[1, {}]", True),
+    ],
+)
+def test_enforced(tokenizer: Tokenizer, backend: XGrammarBackend, schema: Any, text: str, fits: bool) -> None:
+    assert matches(backend, tokenizer, build.json_schema(schema), text) is fits
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ([], ""),
+        ({"type": "text"}, "type"),
+        ({"type": "object", "properties": {"a": {"not": {}}}}, "properties.a.not"),
+        ({"type": "array", "items": {"if": {}}}, "items.if"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "array", "contains": {}}, "contains"),
+        ({"type": "number", "multipleOf": 0.1}, "multipleOf"),
+        ({"type": "integer", "multipleOf": 3, "minimum": 5}, "multipleOf"),
+        ({"oneOf": [{"type": "integer"}, {"minimum": 2}]}, "oneOf"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "string", "maxLength": 10_001}, "maxLength"),
+        ({"type": "string", "minLength": -1}, "minLength"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength"),
+        ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
+        ({"type": "string", "pattern": 'say "x"'}, "pattern"),
+        ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern"),
+        ({"enum": []}, "enum"),
+        ({"enum": list(range(10_001))}, "enum"),
+        ({"enum": ["a"], "type": "integer"}, "enum"),
+        ({"enum": ["a"], "minLength": 3}, "minLength"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, ""),
+        ({"allOf": [{"type": "string", "pattern": "a"}, {"pattern": "b"}]}, "pattern"),
+        ({"allOf": [POINT, {"additionalProperties": False}]}, "additionalProperties"),
+        ({"$ref": "http://example.com/schema"}, "$ref"),
+        ({"$ref": "#/$defs/none"}, "$ref"),
+        ({"$ref": "#"}, "$ref"),
+        ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "$ref"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "required"),
+        ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "required"),
+        (False, ""),
+        (deep(60), "properties.a"),
+        ({"type": "object", "properties": {f"p{number}": {} for number in range(5000)}}, "properties.p"),
+        ({"allOf": [{"anyOf": [{"minimum": n} for n in range(9)]}, {"anyOf": [{"maximum": n} for n in range(9)]}]}, ""),
+    ],
+)
+def test_refused_with_the_path(schema: Any, path: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        build.json_schema(schema, param="schema")
+    assert raised.value.status == 400
+    param = raised.value.param or ""
+    assert param == "schema" if not path else path in param.removeprefix("schema."), param
+    assert param in raised.value.message
+
+
+def test_nothing_recurses_without_end() -> None:
+    for text in ('{"items":' * 90_000, '{"anyOf":[' * 40_000):
+        closing = {"{": "}", "[": "]"}
+        nested: Any = True
+        for key in reversed([part for part in ("items", "anyOf") if part in text[:10]]):
+            for _ in range(90_000):
+                nested = {key: [nested] if key == "anyOf" else nested}
+        assert closing
+        with pytest.raises(InvalidRequest, match="nested deeper"):
+            build.json_schema(nested)
+
+
+def test_annotations_and_unknown_words_say_nothing() -> None:
+    loud = {"type": "integer", "title": "t", "description": "d", "default": 3, "examples": [1], "x-mine": {"not": 1},
+            "$schema": "https://json-schema.org/draft/2020-12/schema", "$comment": "c"}  # fmt: skip
+    assert normalise(loud, "schema") == {"type": "integer"}
+
+
+def test_properties_keep_their_order() -> None:
+    names = ["zeta", "alpha", "mid"]
+    schema = {"type": "object", "properties": {name: {} for name in names}, "required": ["mid"]}
+    assert list(json.loads(build.json_schema(schema).source)["properties"]) == names
+
+
+def test_words_of_tools() -> None:
+    parameters = {"type": "dict", "properties": {"a": {"type": "float"}, "b": {"type": "any"}, "c": {"type": "tuple"}}}
+    built = normalise(parameters, "tool", for_tools=True)
+    assert {name: part.get("type") for name, part in built["properties"].items()} == {
+        "a": "number", "b": None, "c": "array"}  # fmt: skip
+    with pytest.raises(InvalidRequest, match="must be one of"):
+        normalise({"type": "float"}, "schema")
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ({"type": "array"}, "type"),
+        ({"anyOf": [POINT, CAT]}, "anyOf"),
+        ({"type": "object", "properties": {'a"b': {}}}, 'a"b'),
+        ({"type": "object", "patternProperties": {"a": {}}}, "patternProperties"),
+        ({"type": "object", "properties": {"a": {"enum": ["</x>"]}}}, "enum"),
+    ],
+)
+def test_arguments_of_tools_are_listed(schema: Any, path: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        normalise(schema, "tools.0", for_tools=True)
+    assert path in (raised.value.param or "")
+
+
+def test_values_that_would_read_back_as_others_are_left_out() -> None:
+    parameters = {"type": "object", "properties": {"a": {"enum": ["1", 1, "b"]}}}
+    assert normalise(parameters, "tool", for_tools=True)["properties"]["a"] == {"enum": [1, "b"]}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "narrow"),
+    [(".", r"[^<\n\r]"), ("[^a]", "[^<a]"), (r"\S\W", r"[^\s<][^\w<]"), (r"\.", r"\."), ("[.]", "[.]"),
+     (r"[\]^.]", r"[\]^.]"), ("<b>", "<b>")],
+)  # fmt: skip
+def test_patterns_of_arguments_match_no_tag_by_chance(pattern: str, narrow: str) -> None:
+    assert narrow_pattern(pattern) == narrow
