@@ -124,7 +124,7 @@ def result_case(r: random.Random) -> Case:
     started, schemas = with_catalogue(request, r)
     started.turn(request.thinking, tools.call(request.tool.name, request.values)).results([result.text])
     call = {"id": "call_1", "type": "function", "function": {"name": request.tool.name, "arguments": request.values}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": request.text},
         {"role": "assistant", "content": "", "reasoning_content": request.thinking, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": result.text},

@@ -75,7 +75,7 @@ def draw(r: random.Random, scored: bool, templates: tuple[tuple[str, str, str], 
         expression = _expression(terms, ops, numbers)
         if expression.value >= 0:
             break
-    names = []
+    names: list[str] = []
     while len(names) < 3:
         name = words.name()
         if name not in names:

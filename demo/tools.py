@@ -111,9 +111,9 @@ def a_tool(words: Words, verb: str, obj: str, style: str) -> Tool:
              f"Use this to {verb} {r.choice(('a', 'the'))} {obj}.", f"{verb.title()}s {r.choice(('a', 'the'))} {obj} by {parameters[0].name}.")  # fmt: skip
     longer = (f"{verb.title()} the {r.choice(FILLER)} {obj} for a {parameters[0].name}.", f"{verb.title()} {obj}. Needs the {parameters[0].name}.",
               f"This tool can {verb} the {obj} of a user.")  # fmt: skip
-    plain = plain + longer
-    bare = (*plain, "", f"Does it for a {parameters[0].name}.")
-    return Tool(join(parts, style), verb, obj, r.choice(plain if hidden else bare), parameters, optional)
+    described = plain + longer
+    bare = (*described, "", f"Does it for a {parameters[0].name}.")
+    return Tool(join(parts, style), verb, obj, r.choice(described if hidden else bare), parameters, optional)
 
 
 def some_parameters(words: Words) -> tuple[Parameter, ...]:

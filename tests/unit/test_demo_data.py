@@ -196,7 +196,7 @@ def test_a_whole_tool_loop_is_what_the_chat_template_renders(renderer: Renderer)
         loop.turn(request.thinking, tools.call(request.tool.name, request.values)).results([result.text])
         loop.turn(result.thinking, str(result.reply))
         call = {"function": {"name": request.tool.name, "arguments": request.values}}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": request.text},
             {"role": "assistant", "content": "", "reasoning_content": request.thinking, "tool_calls": [call]},
