@@ -202,11 +202,12 @@ def test_a_slow_grammar_is_refused_and_others_are_served_meanwhile(
     assert raised.value.param == "response_format"
     assert 1.0 <= time.monotonic() - began < 10
     assert matches(small, tokenizer, build.regex("after"), "after")
-    # Remembered: the same grammar does not cost its time again.
+    # Remembered: the same grammar does not cost its second again.
+    again = GrammarSpec(kind="json_schema", source=slow_source(14))
     began = time.monotonic()
     with pytest.raises(InvalidRequest, match="takes longer"):
-        small.compile(GrammarSpec(kind="json_schema", source=slow_source(14))).result(60)
-    assert time.monotonic() - began < 0.5
+        small.compile(again).result(60)
+    assert time.monotonic() - began < 1.0
 
 
 def test_a_grammar_that_takes_too_much_memory_is_refused(tokenizer: Tokenizer) -> None:
