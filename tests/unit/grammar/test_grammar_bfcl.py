@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import FinishReason, SamplingParams, TokenDelta
 from tests.unit.grammar.grammar_support import Case, Sampler, as_xml, bfcl_cases, compiled, feed
 
+NUM_SPLITS = 5
 EVERY = int(os.environ.get("BFCL_EVERY", "4"))  # random calls for each so many cases; 1 for all
 
 
@@ -27,9 +29,22 @@ def cases() -> list[Case]:
     return list(bfcl_cases())
 
 
-def read(tokenizer: Tokenizer, ids: list[int], tools: list[dict[str, Any]]) -> Completion:
+def read(
+    tokenizer: Tokenizer, ids: list[int], tools: list[dict[str, Any]], split: random.Random | None = None
+) -> Completion:
+    """The answer that ids fold to, fed whole or in random deltas."""
     stream = StreamParser(tokenizer, tools=tools, params=SamplingParams(), num_prompt_tokens=1)
-    return fold(stream.feed(TokenDelta(request_id="r", token_ids=ids, finish_reason=FinishReason.STOP)))
+    events, at = [], 0
+    while at < len(ids):
+        stop = at + split.randint(1, 9) if split else len(ids)
+        reason = FinishReason.STOP if stop >= len(ids) else None
+        events += stream.feed(TokenDelta(request_id="r", token_ids=ids[at:stop], finish_reason=reason))
+        at = stop
+    return fold(events)
+
+
+def calls_of(answer: Completion) -> list[tuple[str, dict[str, Any]]]:
+    return [(call.name, json.loads(call.arguments)) for call in answer.tool_calls]
 
 
 def as_read(calls: list[tuple[str, dict[str, Any]]], schemas: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -54,6 +69,7 @@ def test_right_calls_pass_and_parse_back(
 ) -> None:
     counts: Counter[str] = Counter()
     wrong = []
+    splits = [random.Random(seed) for seed in range(NUM_SPLITS)]
     for case in cases:
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in case.tools}
         # Some answers of the leaderboard do not fit their own schema, or name arguments that it does not list.
@@ -69,10 +85,10 @@ def test_right_calls_pass_and_parse_back(
             continue
         ids = [*tokenizer.encode("thought" + as_xml(case.calls)), tokenizer.eos_id]
         place = feed(backend, compiled(backend, spec), ids)
-        calls = [(call.name, json.loads(call.arguments)) for call in read(tokenizer, ids, case.tools).tool_calls]
         counts["accepted" if place is None else "masked"] += 1
-        if place is not None or calls != as_read(case.calls, schemas):
-            wrong.append((case.name, f"{tokenizer.decode(ids[: place or 0], False)!r} read as {calls}"))
+        answers = [calls_of(read(tokenizer, ids, case.tools, split)) for split in (None, *splits)]
+        if place is not None or any(calls != as_read(case.calls, schemas) for calls in answers):
+            wrong.append((case.name, f"{tokenizer.decode(ids[: place or 0], False)!r} read as {answers}"))
     with capsys.disabled():
         print(f"\nBFCL, right calls under required: {dict(counts)}")
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong)
