@@ -24,6 +24,7 @@ from saddle.server.openai_parts import (
     UsageCount,
     all_tokens,
     error_frame,
+    joined,
     new_id,
     now,
 )
@@ -273,10 +274,7 @@ class ChatStream:
         """Keep tokens for the next chunk of their choice."""
         self._usage.add_tokens(index, len(tokens.token_ids))
         held = self._pending.get(index)
-        if held is not None:
-            both = None if tokens.logprobs is None else [*(held.logprobs or ()), *tokens.logprobs]
-            tokens = Tokens(held.token_ids + tokens.token_ids, both)
-        self._pending[index] = tokens
+        self._pending[index] = tokens if held is None else joined(held, tokens)
 
     def _last(self, index: int, done: Done) -> bytes:
         self._usage.add(index, done)

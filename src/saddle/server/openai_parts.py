@@ -157,3 +157,9 @@ def all_tokens(events: list[Any]) -> tuple[list[int], list[TokenLogprobs], list[
             logprobs += event.logprobs or ()
             prompt = event.prompt_logprobs if event.prompt_logprobs is not None else prompt
     return ids, logprobs, prompt
+
+
+def joined(first: Tokens, then: Tokens) -> Tokens:
+    """Two lots of tokens of one choice as one."""
+    both = None if then.logprobs is None else [*(first.logprobs or ()), *then.logprobs]
+    return Tokens(first.token_ids + then.token_ids, both)

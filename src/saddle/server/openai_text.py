@@ -22,6 +22,7 @@ from saddle.server.openai_parts import (
     UsageCount,
     all_tokens,
     error_frame,
+    joined,
     new_id,
     now,
 )
@@ -219,10 +220,7 @@ class TextStream:
     def _hold(self, index: int, tokens: Tokens) -> None:
         self._usage.add_tokens(index, len(tokens.token_ids))
         held = self._pending.get(index)
-        if held is not None:
-            both = None if tokens.logprobs is None else [*(held.logprobs or ()), *tokens.logprobs]
-            tokens = Tokens(held.token_ids + tokens.token_ids, both)
-        self._pending[index] = tokens
+        self._pending[index] = tokens if held is None else joined(held, tokens)
 
     def _usage_so_far(self) -> bytes | None:
         return encode_json(self._usage.body()) if self._asked.continuous_usage else None
