@@ -100,6 +100,22 @@ def test_a_string_may_spell_a_tag_but_not_hold_its_token(
     assert feed(backend, state, tokenizer.encode(text, allow_special=False)) is None
 
 
+def test_free_tokens_are_real_ones(tokenizer: Tokenizer, backend: XGrammarBackend) -> None:
+    state = compiled(backend, build.structural_tag({"format": {"type": "any_tokens"}}))
+    free = set(allowed(backend, state))
+    assert max(free) < tokenizer.vocab_size  # no padding
+    assert not free & (tokenizer.special_ids - {tokenizer.eos_id})
+
+
+def test_numbers_are_ones_that_a_reader_can_hold(tokenizer: Tokenizer, backend: XGrammarBackend) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "number"}}, "required": ["n"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    spec = build.tool_grammar(tools, "required", tokenizer)
+    for text, fits in (("-0.5e-12", True), ("12", True), ("1e999", False), ("01", False), ("x", False)):
+        call = block(f'<invoke name="f">\n<parameter name="n">{text}</parameter>\n</invoke>\n')
+        assert matches(backend, tokenizer, spec, call) is fits, text
+
+
 def test_states_are_apart(tokenizer: Tokenizer, backend: XGrammarBackend) -> None:
     spec = build.regex("ab")
     one, other = compiled(backend, spec), compiled(backend, spec)

@@ -51,6 +51,7 @@ DOG = {"type": "object", "properties": {"kind": {"const": "dog"}, "name": {"type
         ({"const": 5}, "5", True),
         ({"type": "string", "minLength": 2, "maxLength": 3}, '"日本"', True),
         ({"type": "string", "minLength": 2, "maxLength": 3}, '"a"', False),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, '"<b>"', True),
         ({"type": "string", "minLength": 2, "maxLength": 3}, '"\x01\x02"', False),  # no JSON
         ({"type": "string", "pattern": "^[a-z]+\\d$"}, '"ab1"', True),
         ({"type": "string", "pattern": "^[^a]$"}, '"""', False),
