@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from saddle import launch
 from saddle.config import CacheConfig, Dtype, EngineConfig, LoadConfig, LoadFormat, SchedulerConfig, ServerConfig
 from saddle.errors import ContextTooLong, EngineError, InvalidRequest
@@ -195,8 +193,7 @@ class LLM:
             for index in range(wanted.n):
                 name = f"{batch}-{number}-{index}"
                 choices[name] = _Choice(self._parser(wanted, ids, parse, tools))
-                seed = None if wanted.seed is None else wanted.seed + index
-                one = msgspec.structs.replace(wanted, n=1, seed=seed)
+                one = wanted.of_choice(index)
                 self._core.submit(TokenRequest(request_id=name, prompt_ids=ids, params=one, arrival_s=time.monotonic()))
         self._check_answers(list(choices))
         while not all(choice.done for choice in choices.values()):
@@ -210,7 +207,6 @@ class LLM:
     def _parser(
         self, params: SamplingParams, ids: list[int], parse: bool, tools: Sequence[Mapping[str, Any]] | None
     ) -> StreamParser:
-        thinks = parse and self._tokenizer.think_id in ids[-4:]
         return StreamParser(
             self._tokenizer,
             tools=tools,
@@ -218,7 +214,7 @@ class LLM:
             tool_parser="minimax_m2" if parse else None,
             params=params,
             num_prompt_tokens=len(ids),
-            starts_in_reasoning=thinks,
+            starts_in_reasoning=parse and self._tokenizer.is_thinking(ids),
             want_tokens=True,
         )
 
@@ -228,9 +224,7 @@ class LLM:
             raise InvalidRequest("The prompt has no tokens.", "prompt")
         if len(ids) >= longest:
             raise ContextTooLong(f"The prompt has {len(ids)} tokens, the context of this model {longest}.", "prompt")
-        room = longest - len(ids)
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        return msgspec.structs.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        return params.within(longest - len(ids))
 
     def _check_answers(self, names: list[str]) -> None:
         """All or nothing: a refused prompt takes back the others."""

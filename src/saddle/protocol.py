@@ -135,6 +135,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if wrong is not None:
                 raise InvalidRequest(f"{field} names token id {wrong}; ids are between 0 and {vocab_size - 1}.", field)
 
+    def within(self, room: int) -> SamplingParams:
+        """The same parameters with `max_tokens` at most `room`, and `min_tokens` at most that."""
+        limit = room if self.max_tokens is None else min(self.max_tokens, room)
+        if limit == self.max_tokens:
+            return self
+        return msgspec.structs.replace(self, max_tokens=limit, min_tokens=min(self.min_tokens, limit))
+
+    def of_choice(self, number: int) -> SamplingParams:
+        """Parameters of one of the `n` choices: they draw differently also when a seed is given."""
+        if number == 0 or self.seed is None:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + number) % 2**63)
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < 1e-5

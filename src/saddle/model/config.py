@@ -159,11 +159,6 @@ class ModelConfig:
                 keys.require(width % block == 0, key, right)
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether the projections are stored as FP8 with block scales."""
-        return self.quantization is not None
-
-    @property
     def q_width(self) -> int:
         """Width of the query projection."""
         return self.num_heads * self.head_dim

@@ -35,11 +35,6 @@ class Arguments:
         self._is_open = False
         self._streams = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a value has begun and not ended."""
-        return self._is_open
-
     def begin(self, name: str, parameter: Parameter) -> str:
         """A value begins. A name may come twice: readers of JSON take the last."""
         self._parameter, self._is_open = parameter, True

@@ -133,6 +133,15 @@ class Tokenizer:
             self._raw[token_id] = found
         return found
 
+    def is_thinking(self, ids: list[int]) -> bool:
+        """Whether what follows continues a thinking block: the last turn opened one and did not end it."""
+        for token_id in reversed(ids):
+            if token_id == self.think_id:
+                return True
+            if token_id in (self.end_think_id, self.message_id, self.eos_id):
+                return False
+        return False
+
     def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
         """A decoder for one stream of ids."""
         return Detokenizer(self, self.special_ids if skip_special_tokens else frozenset())

@@ -52,16 +52,6 @@ class Backend:
             self.last_stats = stats
             self.metrics.step_tokens.observe(stats.last_step_tokens)
 
-    def starts_in_reasoning(self, ids: list[int]) -> bool:
-        """Whether generation continues a thinking block: the last turn of the prompt opened one and did not end it."""
-        tokens = self.tokenizer
-        for token_id in reversed(ids):
-            if token_id == tokens.think_id:
-                return True
-            if token_id in (tokens.end_think_id, tokens.message_id, tokens.eos_id):
-                return False
-        return False
-
 
 @dataclass(slots=True, eq=False)
 class Choice:
@@ -106,7 +96,7 @@ class Generation:
             TokenRequest(
                 request_id=self._backend.engine_id(job.request_id),
                 prompt_ids=self.prompts[index // n],
-                params=_params_of_choice(params[index // n], index % n),
+                params=params[index // n].of_choice(index % n),
                 arrival_s=self._arrival_s,
                 priority=job.priority,
                 cache_salt=job.cache_salt,
@@ -142,7 +132,7 @@ class Generation:
             tool_parser=config.tool_call_parser if job.parse else None,
             params=job.params,
             num_prompt_tokens=len(prompt),
-            starts_in_reasoning=job.parse and self._backend.starts_in_reasoning(prompt),
+            starts_in_reasoning=job.parse and self._backend.tokenizer.is_thinking(prompt),
             want_tokens=job.want_tokens,
             mute_calls=job.mute_calls,
         )
@@ -275,10 +265,3 @@ class Generation:
     @staticmethod
     def _usage(choice: Choice) -> Usage:
         return Usage(num_prompt_tokens=choice.num_prompt, num_completion_tokens=choice.num_tokens)
-
-
-def _params_of_choice(params: SamplingParams, number: int) -> SamplingParams:
-    """Choices of one request draw differently also when a seed is given."""
-    if number == 0 or params.seed is None:
-        return params
-    return msgspec.structs.replace(params, seed=(params.seed + number) % 2**63)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from saddle.errors import InvalidRequest
 from saddle.protocol import MAX_LOGIT_BIAS, SamplingParams
 from saddle.server.job import Facts
@@ -109,14 +107,6 @@ def truncation(body: SamplingBody, facts: Facts) -> tuple[int | None, int | None
                              param="truncate_prompt_tokens")  # fmt: skip
     limit = facts.max_model_len - 1 if limit == -1 else limit
     return (None, limit) if body.truncation_side == "right" else (limit, None)
-
-
-def with_max_tokens(params: SamplingParams, room: int) -> SamplingParams:
-    """The same parameters with `max_tokens` at most `room`, and `min_tokens` at most that."""
-    limit = room if params.max_tokens is None else min(params.max_tokens, room)
-    if limit == params.max_tokens:
-        return params
-    return msgspec.structs.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

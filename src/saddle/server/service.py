@@ -24,7 +24,6 @@ from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import SamplingParams
 from saddle.server.generation import Backend, Generation
 from saddle.server.job import ChatPrompt, Facts, Job, Prompt, TextPrompt
-from saddle.server.sampling import with_max_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +190,7 @@ class Service:
                 "the input prompt.",
                 param="input_tokens",
             )
-        return with_max_tokens(params, longest - len(ids))
+        return params.within(longest - len(ids))
 
     def _forget(self, generation: Generation) -> None:
         self._live.discard(generation)
