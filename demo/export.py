@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from demo.model import Model, quantise
+from demo.model import Model, dequantise, quantise
 
 FILE = "model-00000-of-00001.safetensors"
 
@@ -46,6 +46,40 @@ def tensors(model: Model) -> dict[str, torch.Tensor]:
             for name in ("w1", "w2", "w3"):
                 fp8(f"{moe}experts.{expert}.{name}.weight", getattr(layer, name)[expert])
     return found
+
+
+def read(folder: Path) -> Model:
+    """The model of an exported checkpoint, its projections dequantised: where further training starts."""
+    model, found = Model(), load_file(folder / FILE)
+    with torch.no_grad():
+        for name, held in model.named_parameters():
+            held.copy_(_stored(name, found))
+        for number, layer in enumerate(model.layers):
+            layer.bias.copy_(found[f"model.layers.{number}.block_sparse_moe.e_score_correction_bias"])
+    return model
+
+
+def _stored(name: str, found: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A parameter of the training model, from the tensors of a checkpoint."""
+    def value(published: str) -> torch.Tensor:
+        scale = found.get(published + "_scale_inv")
+        return found[published].float() if scale is None else dequantise(found[published], scale)
+
+    outer = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight", "norm": "model.norm.weight"}
+    if name in outer:
+        return value(outer[name])
+    _, number, part = name.split(".")
+    prefix = f"model.layers.{number}."
+    if part in ("q", "k", "v", "o"):
+        return value(f"{prefix}self_attn.{part}_proj.weight")
+    if part in ("q_norm", "k_norm"):
+        return value(f"{prefix}self_attn.{part}.weight")
+    if part in ("w1", "w2", "w3"):
+        count = sum(key.startswith(prefix) and key.endswith(f".{part}.weight") for key in found)
+        return torch.stack([value(f"{prefix}block_sparse_moe.experts.{expert}.{part}.weight") for expert in range(count)])
+    inner = {"gate": "block_sparse_moe.gate.weight", "input_norm": "input_layernorm.weight",
+             "post_norm": "post_attention_layernorm.weight"}  # fmt: skip
+    return value(prefix + inner[part])
 
 
 def config(model: Model) -> dict[str, object]:

@@ -52,34 +52,44 @@ def misses(results: dict[str, list[tuple[Case, Reply]]], most: int) -> Iterator[
 
 
 def score_run(run: Path, count: int, tokenizer_file: Path, show: int) -> Score:
+    """All four settings at once, a process each: on a GPU a step of so small a model is all launches."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    settings = [(weights, temperature) for weights in ("fp32", "fp8") for temperature in (0.0, SAMPLED)]
+    with ProcessPoolExecutor(len(settings), multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_score_setting, run, count, tokenizer_file, show, *setting) for setting in settings]
+        return dict(job.result() for job in jobs)
+
+
+def _score_setting(
+    run: Path, count: int, tokenizer_file: Path, show: int, weights: str, temperature: float
+) -> tuple[str, Score]:
     import tokenizers
     import torch
 
     from demo.model import Model, dequantise, quantise
 
+    began = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(2)
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     model = Model()
     model.load_state_dict(torch.load(run / "model.pt", map_location="cpu"))
     model.to(device).eval()
-    drawn = {task: cases(task, count) for task in TASKS}
-    found: Score = {}
-    for weights in ("fp32", "fp8"):
-        if weights == "fp8":
-            with torch.no_grad():
-                for weight in model.quantised():
-                    weight.copy_(dequantise(*quantise(weight)))
-        for temperature in (0.0, SAMPLED):
-            began = time.time()
-            results = {task: _answer(model, tokenizer, drawn[task], temperature) for task in TASKS}
-            name = f"{weights} " + ("greedy" if temperature == 0 else f"temperature {temperature}")
-            found[name] = tally(results)
-            print(f"{name}: {json.dumps(found[name])} ({time.time() - began:.0f} s)", flush=True)
-            if temperature == 0:
-                for line in misses(results, show):
-                    print("  " + line, flush=True)
-    return found
+    if weights == "fp8":
+        with torch.no_grad():
+            for weight in model.quantised():
+                weight.copy_(dequantise(*quantise(weight)))
+    results = {task: _answer(model, tokenizer, cases(task, count), temperature) for task in TASKS}
+    name = f"{weights} " + ("greedy" if temperature == 0 else f"temperature {temperature}")
+    score = tally(results)
+    print(f"{name}: {json.dumps(score)} ({time.time() - began:.0f} s)", flush=True)
+    if temperature == 0:
+        for line in misses(results, show):
+            print("  " + line, flush=True)
+    return name, score
 
 
 def _answer(model: Any, tokenizer: Any, asked: list[Case], temperature: float) -> list[tuple[Case, Reply]]:

@@ -200,7 +200,9 @@ def ask(words: Words, verb: str, obj: str, values: dict[str, Any], natural: bool
     r = words.r
     opening = r.choice(NATURAL if natural else OPENINGS).format(v=verb, o=obj)
     if len(values) == 1 and isinstance(next(iter(values.values())), str) and r.random() < (0.6 if natural else 0.15):
-        return opening + r.choice((" in ", " for ", " of ", " at ")) + next(iter(values.values())) + r.choice(("?", ".", ""))
+        (name, value), = values.items()
+        label = f"{r.choice(('', 'the '))}{name.replace('_', ' ')} " if r.random() < 0.3 else ""
+        return opening + r.choice((" in ", " for ", " of ", " at ")) + label + value + r.choice(("?", ".", ""))
     opening = opening[0].upper() + opening[1:] if r.random() < 0.6 else opening
     pairs = []
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint on one GPU: `python -m demo.train OUT --seconds 1000`.
+"""Train the demo checkpoint on one GPU: `python -m demo.train OUT --seconds 1000`; `--init FOLDER` goes on from one.
 
 The schedule follows the clock, so that a run always ends in time: warm-up, constant rate, linear decay over the last
 third. In the last fifth the forward pass sees weights rounded to FP8 (straight-through: rounded before each step,
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from demo.data import ROW_TOKENS, ROWS_PER_PART, work
+from demo.export import read
 from demo.model import Model, dequantise, quantise
 
 PARTS_A_STEP = 4
@@ -26,10 +27,10 @@ BIAS_STEP = 1e-3
 SEED = 1
 
 
-def rate(step: int, share: float) -> float:
+def rate(step: int, share: float, peak: float) -> float:
     """Learning rate at a step and a share of the time."""
     decay = min(1.0, max(LAST_RATE, (1 - share) / DECAY_SHARE))
-    return PEAK_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * decay
+    return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * decay
 
 
 class Rounded:
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--tokenizer", type=Path, default=Path("src/saddle/demo_model/tokenizer.json"))
+    parser.add_argument("--init", type=Path, help="folder of an exported checkpoint to go on from")
+    parser.add_argument("--peak", type=float, default=PEAK_RATE, help="highest learning rate")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--parts", type=int, default=PARTS_A_STEP)
     args = parser.parse_args()
@@ -67,11 +70,11 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Model().to(device)
+    model = (read(args.init) if args.init else Model()).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.peak, betas=(0.9, 0.95), fused=device == "cuda")
 
     def loss_of(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits, loads = model(ids[:, :-1], torch.bfloat16)
@@ -86,7 +89,7 @@ def main() -> None:
         ids = torch.from_numpy(np.concatenate([d[0] for d in drawn]).astype(np.int64)).to(device, non_blocking=True)
         weights = torch.from_numpy(np.concatenate([d[1] for d in drawn])).to(device, non_blocking=True).float()
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, share)
+            group["lr"] = rate(step, share, args.peak)
         with Rounded(model, share > 1 - FP8_SHARE):
             loss, loads = compiled(ids, weights)
             loss.backward()
@@ -108,8 +111,10 @@ def main() -> None:
                 torch.save(model.state_dict(), args.out / "model.pt")
                 saved = time.time()
     torch.save(model.state_dict(), args.out / "model.pt")
+    half = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    torch.save(half, args.out / "model-bf16.pt")
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    summary = {"card": card, "seconds": round(time.time() - began), "steps": step, "tokens": tokens,
+    summary = {"card": card, "init": str(args.init) if args.init else None, "peak_rate": args.peak, "seconds": round(time.time() - began), "steps": step, "tokens": tokens,
                "parameters": sum(p.numel() for p in model.parameters()), "loss": losses[-1:]}  # fmt: skip
     (args.out / "train.json").write_text(json.dumps(summary) + "\n")
     print(json.dumps(summary), file=log, flush=True)
