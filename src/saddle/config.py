@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from saddle.errors import StartupError
 
@@ -19,6 +19,11 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 ReasoningParser = Literal["minimax_m2", "minimax_m2_append_think"]
 ToolParser = Literal["minimax_m2"]
 ReasoningField = Literal["both", "reasoning", "reasoning_content"]
+KVCacheDtype = Literal["auto", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_dynamic"]
+# `--compilation-config`: keys with an effect, and those of vLLM's that choose how it compiles, which Saddle does not.
+COMPILATION_KEYS = ("mode", "level", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size",
+                    "pass_config")  # fmt: skip
+NO_GRAPHS = ("NONE", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,14 @@ class CacheConfig:
     block_size   tokens a block; None: 64 on GPUs, 16 on CPUs
     gpu_memory_utilization   share of a GPU's memory that Saddle may fill, weights included
     kv_cache_memory_bytes   KV memory a rank; overrides the share
+    kv_cache_dtype   "auto" is the dtype of the computation; "fp8" ("fp8_e4m3") has one scale a layer, the checkpoint's
+        or 1.0, "fp8_dynamic" one for each token and head, stored in the block
     """
 
     block_size: int | None = None
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -80,6 +87,111 @@ class CacheConfig:
                 "above 0 and at most 1")  # fmt: skip
         require(self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0, "--kv-cache-memory-bytes",
                 self.kv_cache_memory_bytes, "above 0")  # fmt: skip
+        require(self.kv_cache_dtype in get_args(KVCacheDtype), "--kv-cache-dtype", self.kv_cache_dtype,
+                "one of " + ", ".join(get_args(KVCacheDtype)))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileConfig:
+    """How steps are launched on a GPU.
+
+    enforce_eager   no graphs, as mode 0
+    compilation_config   vLLM's: `mode` (or `level`) 0 is eager, 1 to 3 are fused kernels and graphs;
+        `cudagraph_mode` "NONE" is without graphs; `pass_config.fuse_minimax_qk_norm` chooses the kernel that
+        normalises q and k, rotates them and writes the KV in one
+    cudagraph_capture_sizes   rows of the decode steps that get a graph; empty: chosen from the number of rows
+    max_cudagraph_capture_size   the largest of them; None: all rows
+    """
+
+    enforce_eager: bool = False
+    compilation_config: Mapping[str, Any] = field(default_factory=dict)
+    cudagraph_capture_sizes: tuple[int, ...] = ()
+    max_cudagraph_capture_size: int | None = None
+
+    def __post_init__(self) -> None:
+        flag, found = "--compilation-config", self.compilation_config
+        require(isinstance(found, Mapping), flag, found, "a JSON object")
+        require(self.mode in (0, 1, 2, 3), f"{flag} mode", self.mode, "0 (eager) or 3 (fused kernels and graphs)")
+        require(isinstance(found.get("pass_config", {}), Mapping), f"{flag} pass_config", found.get("pass_config"),
+                "a JSON object")  # fmt: skip
+        fuse = found.get("pass_config", {}).get("fuse_minimax_qk_norm", True)
+        require(isinstance(fuse, bool), f"{flag} pass_config.fuse_minimax_qk_norm", fuse, "true or false")
+        given = found.get("cudagraph_capture_sizes") or ()
+        for name, sizes in (("--cudagraph-capture-sizes", self.cudagraph_capture_sizes),
+                            (f"{flag} cudagraph_capture_sizes", given)):  # fmt: skip
+            positive = isinstance(sizes, (list, tuple)) and all(isinstance(n, int) and n > 0 for n in sizes)
+            require(positive, name, sizes, "whole numbers above 0")
+        largest = found.get("max_cudagraph_capture_size")
+        for name, most in (("--max-cudagraph-capture-size", self.max_cudagraph_capture_size),
+                           (f"{flag} max_cudagraph_capture_size", largest)):  # fmt: skip
+            require(most is None or (isinstance(most, int) and most > 0), name, most, "a whole number above 0")
+
+    @property
+    def mode(self) -> Any:
+        """`compilation_config.mode`, by its old name `level`; 3 when not given."""
+        found = self.compilation_config
+        mode = found.get("mode", found.get("level"))
+        return 3 if mode is None else mode
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode steps are captured as CUDA graphs, where the device has them."""
+        return not self.enforce_eager and self.mode > 0 and self._graph_mode not in NO_GRAPHS
+
+    @property
+    def fuses_qk_norm(self) -> bool:
+        """Whether QK-norm, rotary and KV write are one kernel."""
+        return self.mode > 0 and bool(self.compilation_config.get("pass_config", {}).get("fuse_minimax_qk_norm", True))
+
+    @property
+    def _graph_mode(self) -> Any:
+        mode = self.compilation_config.get("cudagraph_mode")
+        return mode.upper() if isinstance(mode, str) else mode
+
+    def capture_sizes(self, max_num_seqs: int) -> tuple[int, ...]:
+        """Rows of the decode steps that get a graph, ascending; () without graphs.
+
+        Chosen, where none are given: 1, 2, 4, 8, then as many as waste under a tenth when a batch is filled up.
+        """
+        if not self.uses_graphs:
+            return ()
+        found = self.compilation_config
+        most = self.max_cudagraph_capture_size or found.get("max_cudagraph_capture_size") or max_num_seqs
+        most = min(most, max_num_seqs)
+        given = self.cudagraph_capture_sizes or tuple(found.get("cudagraph_capture_sizes") or ())
+        if given:
+            return tuple(sorted({size for size in given if size <= most}))
+        sizes = [size for size in (1, 2, 4, 8) if size <= most]
+        while sizes[-1] < most:
+            # The fewest rows that are padded to the next size are one more than the last: it may be 1.1 times as large.
+            last = sizes[-1]
+            # Steps that divide the last size, so that powers of two are among the sizes.
+            step = max(n for n in (1, 2, 4, 8, 16) if n == 1 or (last % n == 0 and last + n < (last + 1) * 1.1))
+            sizes.append(min(last + step, most))
+        return tuple(sizes)
+
+    def decisions(self, max_num_seqs: int) -> list[Decision]:
+        """What was decided here and why, for the lines printed at start."""
+        if self.enforce_eager:
+            why = "--enforce-eager"
+        elif self.compilation_config:
+            why = "--compilation-config"
+        else:
+            why = "the default"
+        found = [Decision("graphs", "on" if self.uses_graphs else "off", why)]
+        if self.uses_graphs:
+            given = self.cudagraph_capture_sizes or self.compilation_config.get("cudagraph_capture_sizes")
+            sizes = self.capture_sizes(max_num_seqs)
+            found.append(Decision("cudagraph_capture_sizes", " ".join(map(str, sizes)),
+                                  "as given" if given else "steps that waste under 10 %"))  # fmt: skip
+        fused = "pass_config" in self.compilation_config or self.mode == 0
+        found.append(Decision("fuse_minimax_qk_norm", self.fuses_qk_norm,
+                              "--compilation-config" if fused else "the default"))  # fmt: skip
+        others = sorted(set(self.compilation_config) - set(COMPILATION_KEYS))
+        if others:
+            found.append(Decision("compilation_config", ", ".join(others),
+                                  "no effect: Saddle compiles its own kernels in one way"))  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +202,7 @@ class SchedulerConfig:
     max_num_seqs   rows; None: 256 on GPUs, 32 on CPUs
     max_num_batched_tokens   tokens a step; None: 8192 on GPUs, 512 on CPUs
     plans_in_flight   plans built before the oldest one's result is needed; 0 is synchronous; None: 1 on GPUs, 0 on CPUs
+    max_step_ms   predicted time of a step above which no more prompt tokens join rows that decode; None: no such limit
     """
 
     max_model_len: int | None = None
@@ -98,8 +211,10 @@ class SchedulerConfig:
     policy: Policy = "fcfs"
     plans_in_flight: int | None = None
     max_num_queued_reqs: int | None = None
+    max_step_ms: float | None = None
 
     def __post_init__(self) -> None:
+        require(self.max_step_ms is None or self.max_step_ms > 0, "--max-step-ms", self.max_step_ms, "above 0")
         for flag, value, least in (
             ("--max-model-len", self.max_model_len, 0),
             ("--max-num-seqs", self.max_num_seqs, 1),
@@ -118,6 +233,7 @@ class EngineConfig:
     load: LoadConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

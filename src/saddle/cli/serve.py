@@ -14,7 +14,7 @@ from typing import Any
 from saddle import env, log
 from saddle.cli import serve_flags, vllm_flags
 from saddle.cli.flags import Flag, FlagParser
-from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig, ServerConfig
+from saddle.config import CacheConfig, CompileConfig, EngineConfig, LoadConfig, SchedulerConfig, ServerConfig
 from saddle.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ def configs(
     Raises:
         StartupError: a value is wrong, or asks for what this version cannot do.
     """
-    sections: dict[str, dict[str, Any]] = {name: {} for name in ("load", "cache", "scheduler", "server", "cli")}
+    names = ("load", "cache", "scheduler", "compile", "server", "cli")
+    sections: dict[str, dict[str, Any]] = {name: {} for name in names}
     notes: list[str] = []
     for flag in FLAGS:
         if flag.dest not in given:
@@ -87,6 +88,7 @@ def configs(
         load=LoadConfig(**sections["load"]),
         cache=CacheConfig(**sections["cache"]),
         scheduler=SchedulerConfig(**sections["scheduler"]),
+        compile=CompileConfig(**sections["compile"]),
     )
     return engine, ServerConfig(**sections["server"]), notes
 

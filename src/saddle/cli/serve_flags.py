@@ -7,10 +7,15 @@ Defaults are not here: a flag that is not given leaves the default of `saddle.co
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import get_args
 
 from saddle.cli.flags import Flag, size
+from saddle.config import KVCacheDtype
+from saddle.errors import StartupError
 
 MODEL, HTTP, OUTPUT, MEMORY, SCHEDULER, SADDLE = "Model", "HTTP", "Output", "Memory", "Scheduler", "Saddle"
+EXECUTION = "Execution"
 
 REASONING_PARSERS: dict[str, str | None] = {
     "minimax_m2": "minimax_m2", "minimax-m2": "minimax_m2", "minimax": "minimax_m2",
@@ -49,6 +54,22 @@ def _named(text: str, names: dict[str, str | None]) -> str | None:
 
 def dtype(text: str) -> str:
     return {"float": "float32"}.get(text, text)
+
+
+def kv_cache_dtype(text: str) -> str:
+    """A name of vLLM's or Saddle's; e5m2 and the others of vLLM's are refused by name."""
+    known = get_args(KVCacheDtype)
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, got {text!r}")
+    return text
+
+
+def sizes(texts: Sequence[str]) -> tuple[int, ...]:
+    """`--cudagraph-capture-sizes`: whole numbers, as words or one JSON list."""
+    try:
+        return tuple(int(text) for text in texts)
+    except ValueError:
+        raise StartupError(f"--cudagraph-capture-sizes must be whole numbers, got {' '.join(texts)!r}.") from None
 
 
 def negate(value: bool) -> bool:
@@ -117,10 +138,9 @@ FLAGS: tuple[Flag, ...] = (
          help="KV memory a rank, such as 4G; overrides the share"),
     Flag(names="--enable-prefix-caching", kind="bool", group=MEMORY, to=("cache.enable_prefix_caching",),
          help="reuse the KV of prompts that begin alike; on by default"),
-    Flag(names="--kv-cache-dtype", group=MEMORY, to=("cache.kv_cache_dtype",), choices=("auto", "bfloat16", "fp8",
-         "fp8_e4m3", "fp8_e5m2", "fp8_inc", "nvfp4"), fine=("auto",),
-         help="auto is the dtype of the computation",
-         missing="this version keeps KV in the dtype of the computation; leave it at auto"),
+    Flag(names="--kv-cache-dtype", group=MEMORY, to=("cache.kv_cache_dtype",), parse=kv_cache_dtype,
+         metavar="DTYPE", help="auto (default) is the dtype of the computation; bfloat16, float32; on GPUs fp8 "
+         "(fp8_e4m3), one scale a layer, and fp8_dynamic, one for each token and head"),
     # Scheduler
     Flag(names="--max-model-len", group=SCHEDULER, parse=model_len, metavar="LENGTH", to=("scheduler.max_model_len",),
          help="longest prompt plus output, such as 32k or 32K; auto or -1 is the largest that fits"),
@@ -135,7 +155,19 @@ FLAGS: tuple[Flag, ...] = (
          help="requests that may wait; more are refused"),
     Flag(names="--async-scheduling", kind="bool", group=SCHEDULER, to=("scheduler.plans_in_flight",), value=int,
          help="plan the next step while one runs; default on GPUs"),
+    # Execution
+    Flag(names="--enforce-eager", kind="bool", group=EXECUTION, to=("compile.enforce_eager",),
+         help="no CUDA graphs: every kernel of a step is launched by the host"),
+    Flag(names="--compilation-config -cc", kind="json", group=EXECUTION, to=("compile.compilation_config",),
+         help='such as {"mode": 3, "pass_config": {"fuse_minimax_qk_norm": true}}; mode 0 is eager, 3 fused kernels '
+         "and graphs"),
+    Flag(names="--cudagraph-capture-sizes", kind="words", group=EXECUTION, metavar="ROWS", value=sizes,
+         to=("compile.cudagraph_capture_sizes",), help="rows of the decode steps that get a graph"),
+    Flag(names="--max-cudagraph-capture-size", kind="int", group=EXECUTION,
+         to=("compile.max_cudagraph_capture_size",), help="the largest of them; default: all rows"),
     # Saddle's own
+    Flag(names="--max-step-ms", kind="float", group=SADDLE, to=("scheduler.max_step_ms",), metavar="MS",
+         help="while rows decode, prompts join a step only up to this predicted time; default no limit"),
     Flag(names="--reasoning-field", group=SADDLE, to=("server.reasoning_field",),
          choices=("both", "reasoning", "reasoning_content"), help="name of the thinking in answers; default both"),
     Flag(names="--vllm-metric-names", kind="bool", group=SADDLE, to=("server.vllm_metric_names",),

@@ -12,7 +12,6 @@ from saddle.cli.flags import Flag, Kind
 GROUP = "vLLM"
 ONE_DEVICE = "this version runs one model on one device"
 OWN_KERNELS = "Saddle has its own kernels for this one model and nothing to choose from"
-EAGER = "this version captures no graphs and compiles nothing: every step runs eagerly"
 TEXT_ONLY = "the MiniMax-M2 family reads text alone"
 MOE_ONE = "one device holds all experts"
 
@@ -128,12 +127,8 @@ MODEL = (
 )  # fmt: skip
 
 EXECUTION = (
-    ignored("--compilation-config -cc", EAGER, "json"),
-    ignored("--optimization-level -O", EAGER, "int"),
-    ignored("--cudagraph-capture-sizes", EAGER, "words"),
-    ignored("--max-cudagraph-capture-size", EAGER, "int"),
-    ignored("--cudagraph-metrics", EAGER, "bool"),
-    Flag(names="--enforce-eager", kind="bool", group=GROUP, reason=EAGER),
+    ignored("--optimization-level -O", "kernels are compiled in one way; --compilation-config switches graphs", "int"),
+    ignored("--cudagraph-metrics", "the sizes of graphs are printed at start, padding is in saddle bench step", "bool"),
     ignored("--moe-backend", OWN_KERNELS),
     ignored("--linear-backend", OWN_KERNELS),
     ignored("--attention-backend", OWN_KERNELS),

@@ -14,10 +14,11 @@ import pytest
 
 from saddle.cli import main, serve, serve_flags
 from saddle.cli.flags import Flag, FlagParser
-from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig, ServerConfig
+from saddle.config import CacheConfig, CompileConfig, EngineConfig, LoadConfig, SchedulerConfig, ServerConfig
 from saddle.errors import StartupError
 
-SECTIONS = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "server": ServerConfig}
+SECTIONS = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig, "compile": CompileConfig,
+            "server": ServerConfig}  # fmt: skip
 # Every flag of `vllm serve` that users of M2 are known to give.
 VLLM_FLAGS = """
 --host --port --uds --api-key --served-model-name --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-cert-reqs
@@ -62,7 +63,8 @@ def example(flag: Flag) -> str | None:
         return flag.choices[-1]
     special = {
         "--max-model-len": "4K", "--reasoning-parser": "minimax-append-think", "--tool-call-parser": "",
-        "--block-size": "32", "--gpu-memory-utilization": "0.5",
+        "--block-size": "32", "--gpu-memory-utilization": "0.5", "--kv-cache-dtype": "fp8",
+        "--cudagraph-capture-sizes": "8",
     }  # fmt: skip
     return special.get(flag.long, {"json": '{"k": 1}', "int": "2", "size": "2", "float": "2"}.get(flag.kind, "text"))
 
@@ -71,12 +73,12 @@ def test_every_field_has_a_flag() -> None:
     reachable = {target for flag in serve.FLAGS for target in flag.to} - {"cli.config"}
     wanted = {f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in fields(cls)}
     assert reachable == wanted
-    assert [field.name for field in fields(EngineConfig)] == ["load", "cache", "scheduler"]
+    assert [field.name for field in fields(EngineConfig)] == ["load", "cache", "scheduler", "compile"]
     assert all(is_dataclass(cls) for cls in SECTIONS.values())
 
 
 @pytest.mark.parametrize("flag", [f for f in serve_flags.FLAGS if f.long not in ("--config", "--ssl-keyfile",
-                         "--ssl-certfile", "--kv-cache-dtype")], ids=lambda flag: flag.long)  # fmt: skip
+                         "--ssl-certfile")], ids=lambda flag: flag.long)  # fmt: skip
 def test_every_flag_sets_its_fields(flag: Flag) -> None:
     value = example(flag)
     name = "--no-" + flag.long[2:] if flag.dest in ("enable_prefix_caching", "async_scheduling") else flag.long
@@ -159,10 +161,9 @@ def test_guide_commands() -> None:
     assert engine.load.model == "MiniMaxAI/MiniMax-M2"
     assert (server.tool_call_parser, server.reasoning_parser) == ("minimax_m2", "minimax_m2_append_think")
     assert [note.split(" has no effect")[0] for note in notes] == [
-        "--enable-expert-parallel", "--trust-remote-code",
-        '--compilation-config \'{"mode": 3, "pass_config": {"fuse_minimax_qk_norm": true}}\'',
-        "--enable-auto-tool-choice",
+        "--enable-expert-parallel", "--trust-remote-code", "--enable-auto-tool-choice",
     ]  # fmt: skip
+    assert engine.compile.uses_graphs and engine.compile.fuses_qk_norm
     with pytest.raises(StartupError, match="--tensor-parallel-size 4 is not possible"):
         configs(*guide.replace("size 1", "size 4").split())
 
