@@ -1,11 +1,12 @@
 # make serve    install (once) and serve the demo checkpoint at http://127.0.0.1:8000
 # make test     install (once) and run the tests that need no GPU, no network and no weights
+# make test-clients   real coding agents against a server process; installs them from npm, about 0.9 GB
 # make check    style, types, and the architecture: layers, cycles, sizes, imports free of torch
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: serve test check install install-test
+.PHONY: serve test test-clients check install install-test
 
 install:
 	@$(PYTHON) scripts/bootstrap.py
@@ -19,6 +20,9 @@ serve: install
 test: install-test
 	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests/serve
+
+test-clients: install-test
+	$(BIN)/python -m pytest tests/clients -rs
 
 check: install-test
 	$(BIN)/ruff check src tests scripts demo

@@ -18,7 +18,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saddle import launch, log
@@ -73,13 +73,13 @@ def spelt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def build(folder: Path, num_blocks: int, max_model_len: int, step_s: float, rows: int, verify: bool,
-          on_progress: ProgressFn) -> tuple[EngineCore, DeviceInfo]:  # fmt: skip
-    """What the engine process runs."""
+          on_progress: ProgressFn, write: Callable[[str], str] = answer) -> tuple[EngineCore, DeviceInfo]:  # fmt: skip
+    """What the engine process runs; `write` makes the answer to a prompt."""
     tokenizer = Tokenizer.load(folder)
 
     @functools.lru_cache(maxsize=4096)
     def ids_of(prompt: tuple[int, ...]) -> list[int]:
-        return spelt(tokenizer, answer(tokenizer.decode(list(prompt), skip_special_tokens=False)))
+        return spelt(tokenizer, write(tokenizer.decode(list(prompt), skip_special_tokens=False)))
 
     def token_at(prompt: Sequence[int], index: int) -> int:
         ids = ids_of(tuple(prompt))
