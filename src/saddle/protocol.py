@@ -158,12 +158,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request's output must match, for the grammar backend; `after_token_id` is where it begins to bind."""
+    """What a request's output must match, for the grammar backend; `grammar/spec.py` builds it.
 
-    kind: str  # "json_schema", "regex", "grammar", "structural_tag", "choice", "tools"
+    kind, source   what is enforced, in the words of `grammar.spec`
+    after_token_id   the output is bound behind this token, the end of thinking; None binds the first token
+    max_thinking_tokens   after so many tokens `after_token_id` itself is enforced; None is no limit
+    param   the field of the request that an error names
+    """
+
+    kind: str
     source: str
     after_token_id: int | None = None
-    param: str | None = None  # the field of the request that an error names
+    max_thinking_tokens: int | None = None
+    param: str | None = None
 
 
 class TokenRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from saddle.errors import InvalidRequest
 from saddle.grammar.arguments import arguments, const, text_without
@@ -28,6 +28,7 @@ MAX_CHOICES = 10_000
 MAX_TAG_DEPTH = 128
 AFTER_THINKING = "\n\n"
 MAX_WHITESPACE = 16  # between JSON tokens of content: enough to indent, too little to write blanks for ever
+ToolChoice = Literal["required", "named", "auto", "optional"]
 REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
@@ -88,50 +89,68 @@ def structural_tag(
 
 def tool_grammar(
     tools: Sequence[Mapping[str, Any]],
-    choice: str,
+    choice: ToolChoice,
     tokenizer: Tokenizer,
     after_token_id: int | None = None,
     *,
+    name: str | None = None,
     parallel: bool = True,
+    param: str = "tools",
 ) -> GrammarSpec:
     """Calls in M2's XML that name a tool of the request and whose arguments validate.
 
     Args:
-        tools: OpenAI's, as the request gives them.
-        choice: "required": nothing but calls, at least one; "auto-strict": free text and calls, where the arguments
-            of tools marked `strict` are constrained and those of others are not; else the name of the one tool that
-            must be called.
+        tools: OpenAI's, as the request gives them, or the same without `function` around.
+        choice: "required": nothing but calls, at least one; "named": one call, of the tool `name`; "auto": free text
+            and calls, where the arguments of tools marked `strict` are constrained and those of others are not;
+            "optional": the calls of "auto" without the text, for `answer_or_tools`.
         parallel: whether more than one call may be made; a named tool is called once.
+        param: the field that holds the tools.
 
     Raises:
         InvalidRequest: the tool is not there, or its schema cannot be enforced.
     """
     functions = [tool.get("function", tool) for tool in tools]
-    if not functions:
-        raise InvalidRequest("tool_choice needs tools.", "tool_choice")
     places = dict(enumerate(functions))
-    if choice not in ("required", "auto-strict"):
-        places = {number: function for number, function in places.items() if function.get("name") == choice}
+    if not places:
+        raise InvalidRequest("tool_choice needs tools.", "tool_choice")
+    if choice == "named":
+        places = {number: function for number, function in places.items() if function.get("name") == name}
         if not places:
-            raise InvalidRequest(f"tool_choice names {choice!r}, which is not among tools.", "tool_choice")
+            raise InvalidRequest(f"tool_choice names {name!r}, which is not among tools.", "tool_choice")
         places, parallel = dict(list(places.items())[:1]), False
     tags = [
-        _call(function, f"tools.{number}.function", choice != "auto-strict" or function.get("strict") is True)
+        _call(function, f"{param}.{number}" + (".function" if "function" in tools[number] else ""),
+              choice in ("required", "named") or function.get("strict") is True)
         for number, function in places.items()
-    ]
+    ]  # fmt: skip
     calls = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True,
              "stop_after_first": not parallel}  # fmt: skip
     block = [const("\n"), calls, {"type": "token", "token": tokenizer.end_calls_id}]
-    if choice == "auto-strict":
+    if choice == "auto":
         others = [tokenizer.think_id, tokenizer.end_think_id, tokenizer.end_calls_id]
         whole: dict[str, Any] = {"type": "token_dispatch", "loop": parallel, "exclude_tokens": others,
                                  "rules": [[tokenizer.calls_id, {"type": "sequence", "elements": block}]]}  # fmt: skip
-    else:
-        newlines = "\n" if after_token_id is None else AFTER_THINKING + "\n"
-        # Optional, because a model may go straight to the call, even out of its thinking.
-        lead = {"type": "optional", "content": const(newlines)}
-        whole = {"type": "sequence", "elements": [lead, {"type": "token", "token": tokenizer.calls_id}, *block]}
-    return _spec("tools", _dump(whole, "tools"), after_token_id, "tools")
+        return _spec("text_or_tools", _dump(whole, param), after_token_id, param)
+    whole = {"type": "sequence", "elements": [{"type": "token", "token": tokenizer.calls_id}, *block]}
+    return _spec("tools", _dump(whole, param), after_token_id, param)
+
+
+def answer_or_tools(answer: GrammarSpec, tools: GrammarSpec) -> GrammarSpec:
+    """Either what `answer` says, or the calls of `tools`, both made by builders of this module."""
+    either = {"answer": _body(answer), "tools": _body(tools)}
+    return _spec("answer_or_tools", json.dumps(either, ensure_ascii=False), answer.after_token_id, str(answer.param))
+
+
+def unbound(after_token_id: int, max_thinking_tokens: int, *, param: str) -> GrammarSpec:
+    """Any output; only its thinking has a limit."""
+    return GrammarSpec(kind="unbound", source="", after_token_id=after_token_id,
+                       max_thinking_tokens=max_thinking_tokens, param=param)  # fmt: skip
+
+
+def has_lead(spec: GrammarSpec) -> bool:
+    """Whether an answer begins behind the empty line that follows thinking, which is no part of what was asked for."""
+    return spec.after_token_id is not None and spec.kind not in ("tools", "text_or_tools", "unbound")
 
 
 def to_compile(spec: GrammarSpec) -> str:
@@ -141,12 +160,25 @@ def to_compile(spec: GrammarSpec) -> str:
         InvalidRequest: the spec is of no known kind, or its source was not made by a builder of this module.
     """
     try:
-        body = _body(spec)
-    except ValueError:
-        raise InvalidRequest(f"The grammar of kind {spec.kind!r} is no JSON.", spec.param or "grammar") from None
-    if spec.after_token_id is not None and spec.kind != "tools":
-        body = {"type": "sequence", "elements": [const(AFTER_THINKING), body]}
+        body = _placed(spec)
+    except (ValueError, KeyError):
+        raise InvalidRequest(f"The grammar of kind {spec.kind!r} is not valid.", spec.param or "grammar") from None
     return json.dumps({"type": "structural_tag", "format": body})
+
+
+def _placed(spec: GrammarSpec) -> dict[str, Any]:
+    """What a spec says, with the newlines that stand in front of it."""
+    lead = "" if spec.after_token_id is None else AFTER_THINKING
+    # Optional, because a model may go straight to the call, even out of its thinking.
+    newlines = {"type": "optional", "content": const(lead + "\n")}
+    if spec.kind == "tools":
+        return {"type": "sequence", "elements": [newlines, _body(spec)]}
+    if spec.kind == "answer_or_tools":
+        either = json.loads(spec.source)
+        answer = {"type": "sequence", "elements": [const(lead), either["answer"]]} if lead else either["answer"]
+        calls = {"type": "sequence", "elements": [newlines, either["tools"]]}
+        return {"type": "or", "elements": [answer, calls]}
+    return {"type": "sequence", "elements": [const(lead), _body(spec)]} if has_lead(spec) else _body(spec)
 
 
 def _body(spec: GrammarSpec) -> dict[str, Any]:
@@ -158,7 +190,7 @@ def _body(spec: GrammarSpec) -> dict[str, Any]:
         return {"type": "or", "elements": [const(text) for text in json.loads(spec.source)]}
     if spec.kind == "grammar":
         return {"type": "grammar", "grammar": spec.source}
-    if spec.kind in ("structural_tag", "tools"):
+    if spec.kind in ("structural_tag", "tools", "text_or_tools"):
         body: dict[str, Any] = json.loads(spec.source)
         return body
     raise InvalidRequest(f"There is no grammar of kind {spec.kind!r}.", spec.param or "grammar")

@@ -13,7 +13,7 @@ from typing import Any
 from saddle.config import ServerConfig
 from saddle.errors import InvalidRequest, NotFound
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import SamplingParams
+from saddle.protocol import GrammarSpec, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +77,9 @@ class Job:
     parse   split reasoning, text and tool calls; else everything is text
     tools   as offered, for the types of arguments; None when the request offered none
     mute_calls   calls that the model makes all the same are dropped
+    grammar   what answers and calls must match, from `server.constraints`; binds where the thinking ends, if the prompt
+              opened any, else from the first token
+    max_thinking_tokens   the thinking that a prompt opened is ended after so many tokens; None is no limit
     want_tokens   send `Tokens` events: ids and log-probabilities were asked for
     keep_last, keep_first   cut a longer prompt to so many tokens
     """
@@ -87,6 +90,8 @@ class Job:
     parse: bool = True
     tools: list[dict[str, Any]] | None = None
     mute_calls: bool = False
+    grammar: GrammarSpec | None = None
+    max_thinking_tokens: int | None = None
     want_tokens: bool = False
     cache_salt: str | None = None
     priority: int = 0

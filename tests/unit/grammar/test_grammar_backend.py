@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,25 +146,73 @@ def test_states_are_apart(tokenizer: Tokenizer, backend: XGrammarBackend) -> Non
         ("ping", True, "t</think>\n\n\n" + block(PING), True),
         ("ping", True, "t</think>\n\n\n" + block(LOOK), False),
         ("ping", True, "t</think>\n\n\n" + block(PING, PING), False),
-        ("auto-strict", True, "t</think>\n\nJust text, <invoke and all.", True),
-        ("auto-strict", True, "t</think>\n\nText.\n" + block(PING, LOOK), True),
-        ("auto-strict", True, "t" + block(PING), True),
-        ("auto-strict", True, "t</think>\n\n\n" + block(PING.replace("ping", "pong")), False),
-        ("auto-strict", True, "t</think>\n\n\n" + block(PING) + "\n" + block(PING), True),
-        ("auto-strict", False, "t</think>\n\n\n" + block(PING) + "\n" + block(PING), False),
-        ("auto-strict", True, "t</think>\n\n\n" + block(LOOK.replace("path", "pith")), True),  # not marked strict
+        ("auto", True, "t</think>\n\nJust text, <invoke and all.", True),
+        ("auto", True, "t</think>\n\nText.\n" + block(PING, LOOK), True),
+        ("auto", True, "t" + block(PING), True),
+        ("auto", True, "t</think>\n\n\n" + block(PING.replace("ping", "pong")), False),
+        ("auto", True, "t</think>\n\n\n" + block(PING) + "\n" + block(PING), True),
+        ("auto", False, "t</think>\n\n\n" + block(PING) + "\n" + block(PING), False),
+        ("auto", True, "t</think>\n\n\n" + block(LOOK.replace("path", "pith")), True),  # not marked strict
     ],
 )
 def test_calls(
     tokenizer: Tokenizer, backend: XGrammarBackend, choice: str, parallel: bool, text: str, fits: bool
 ) -> None:
-    spec = build.tool_grammar(TOOLS, choice, tokenizer, tokenizer.end_think_id, parallel=parallel)
+    kinds: dict[str, build.ToolChoice] = {"required": "required", "auto": "auto"}
+    kind = kinds.get(choice, "named")
+    spec = build.tool_grammar(TOOLS, kind, tokenizer, tokenizer.end_think_id, name=choice, parallel=parallel)
     assert matches(backend, tokenizer, spec, text) is fits
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('t</think>\n\n{"a": 1}', True),
+        ("t</think>\n\n\n" + block(LOOK, PING), True),
+        ("t" + block(PING), True),
+        ("t</think>\n\nText", False),
+        ('t</think>\n\n{"a": 1}\n' + block(PING), False),
+        ("t</think>\n\n\n" + block(PING.replace("ping", "pong")), False),
+        ("t</think>\n\n\n" + block(LOOK.replace("path", "pith")), True),  # not marked strict
+    ],
+)
+def test_an_answer_or_calls(tokenizer: Tokenizer, backend: XGrammarBackend, text: str, fits: bool) -> None:
+    calls = build.tool_grammar(TOOLS, "optional", tokenizer)
+    thinks = build.answer_or_tools(build.json_object(tokenizer.end_think_id), calls)
+    assert matches(backend, tokenizer, thinks, text) is fits
+    if text.startswith("t</think>"):
+        bound = build.answer_or_tools(build.json_object(), calls)
+        assert matches(backend, tokenizer, bound, text.removeprefix("t</think>\n\n")) is fits
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_thinking_ends_when_it_has_no_room_left(tokenizer: Tokenizer, backend: XGrammarBackend, room: int) -> None:
+    bound = msgspec.structs.replace(build.choice(["yes"]), after_token_id=tokenizer.end_think_id,
+                                    max_thinking_tokens=room)  # fmt: skip
+    free = build.unbound(tokenizer.end_think_id, room, param="thinking_token_budget")
+    for spec in (bound, free):
+        state = compiled(backend, spec)
+        for token_id in tokenizer.encode("abc")[:room]:
+            assert len(allowed(backend, state)) > 100
+            backend.accept(state, token_id)
+        assert list(allowed(backend, state)) == [tokenizer.end_think_id]
+        backend.accept(state, tokenizer.end_think_id)
+        assert (len(allowed(backend, state)) > 100) is (spec is free)
+
+
+def test_what_is_unbound_may_do_all_that_is_real(tokenizer: Tokenizer, backend: XGrammarBackend) -> None:
+    state = compiled(backend, build.unbound(tokenizer.end_think_id, 9, param="x"))
+    real = set(range(tokenizer.vocab_size)) - (tokenizer.special_ids - {tokenizer.eos_id})
+    assert set(allowed(backend, state)) == real
+    backend.accept(state, tokenizer.calls_id)  # a call ends the thinking
+    for token_id in tokenizer.encode("more than nine tokens"):
+        backend.accept(state, token_id)
+    assert set(allowed(backend, state)) == real
 
 
 def test_strict_tools_are_held_to_their_schema_in_auto(tokenizer: Tokenizer, backend: XGrammarBackend) -> None:
     strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]  # type: ignore[dict-item]
-    spec = build.tool_grammar(strict, "auto-strict", tokenizer)
+    spec = build.tool_grammar(strict, "auto", tokenizer)
     assert matches(backend, tokenizer, spec, block(LOOK))
     assert not matches(backend, tokenizer, spec, block(LOOK.replace("path", "pith")))
     assert matches(backend, tokenizer, spec, block(PING.replace("\n</", '\n<parameter name="x">1</parameter>\n</')))

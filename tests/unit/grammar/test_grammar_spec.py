@@ -100,15 +100,15 @@ def function(name: Any, parameters: Any = None, **more: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_tools_that_are_refused(tokenizer: Tokenizer, tools: list[Any], choice: str, param: str) -> None:
     with pytest.raises(InvalidRequest) as raised:
-        build.tool_grammar(tools, choice, tokenizer)
+        build.tool_grammar(tools, "required" if choice == "required" else "named", tokenizer, name=choice)
     assert raised.value.param == param
 
 
 def test_tools_not_called_for_need_no_enforceable_schema(tokenizer: Tokenizer) -> None:
     free = function("free", {"type": "object", "properties": {"x": {"not": {}}}})
-    named = json.loads(build.tool_grammar([free, function("ok")], "ok", tokenizer).source)
+    named = json.loads(build.tool_grammar([free, function("ok")], "named", tokenizer, name="ok").source)
     assert "free" not in json.dumps(named)
-    build.tool_grammar([free, function("ok", strict=True)], "auto-strict", tokenizer)
+    build.tool_grammar([free, function("ok", strict=True)], "auto", tokenizer)
 
 
 def test_no_torch_and_no_compiler_are_needed_to_build() -> None:
