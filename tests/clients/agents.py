@@ -76,9 +76,12 @@ base_url = "{{url}}/v1"
 env_key = "LOCAL_API_KEY"
 wire_api = "responses"
 """
-PI_MODEL = {"id": MODEL, "name": MODEL, "reasoning": True, "input": ["text"], "contextWindow": 196608, "maxTokens": 8192,
-            "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0}}  # fmt: skip
-PI_CONFIG = {"providers": {"local": {"baseUrl": "{url}/v1", "api": "openai-completions", "apiKey": "dummy", "models": [PI_MODEL]}}}
+PI_MODEL = {
+    "id": MODEL, "name": MODEL, "reasoning": True, "input": ["text"], "contextWindow": 196608, "maxTokens": 8192,
+    "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
+}  # fmt: skip
+PI_PROVIDER = {"baseUrl": "{url}/v1", "api": "openai-completions", "apiKey": "dummy", "models": [PI_MODEL]}
+PI_CONFIG = {"providers": {"local": PI_PROVIDER}}
 OPENCODE_MODEL = {"reasoning": True, "tool_call": True, "limit": {"context": 196608, "output": 8192}}
 OPENCODE_CONFIG = {
     "autoupdate": False, "share": "disabled", "model": f"local/{MODEL}", "small_model": f"local/{MODEL}",

@@ -1,7 +1,7 @@
 """Coding agents, headless, against a real server process: each finishes a loop with a tool call.
 
-`make test-clients` installs them from npm (about 0.9 GB in `.clients/`) and says what it skipped. The model is scripted:
-no checkpoint that fits a test can drive a prompt of 78 kB. Everything above it is the server that users run.
+`make test-clients` installs them from npm (about 0.9 GB in `.clients/`) and says what it skipped. The model is
+scripted: no checkpoint that fits a test can drive a prompt of 78 kB. Everything above it is the server that users run.
 """
 
 from __future__ import annotations
