@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import re
+import reprlib
 import secrets
 import zlib
 from collections.abc import Sequence
@@ -290,5 +291,4 @@ def _arguments(given: Any, where: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return reprlib.repr(value)[:80]
