@@ -290,7 +290,7 @@ class Answer:
             self._frames.append(b"%b%b}\n\n" % (head.encode(), self.body()))
             self._sequence += 1
 
-    def _frame(self, name: str, **fields: Any) -> None:
+    def _frame(self, name: str, /, **fields: Any) -> None:
         if self._writes:
             data = encode_json({"type": name, "sequence_number": self._sequence, **fields})
             self._frames.append(b"event: %b\ndata: %b\n\n" % (name.encode(), data))
