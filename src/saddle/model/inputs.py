@@ -58,6 +58,7 @@ class DeviceInputs:
     The rest are known on the host:
 
         num_decode_rows   rows with one token; R in a decode step
+        query_lens        tokens of each row, exact; None in a decode step
         max_query_len, max_context_len   upper bounds over the rows
     """
 
@@ -72,3 +73,4 @@ class DeviceInputs:
     num_decode_rows: int
     max_query_len: int
     max_context_len: int
+    query_lens: tuple[int, ...] | None = None

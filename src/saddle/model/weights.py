@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,32 @@ NUM_READERS = 2
 STRIP_ROWS = 512  # a multiple of every scale block: bounds what a reader holds
 Report = Callable[[float, str], None]  # share done from 0 to 1, note
 Table = dict[str, "Target"]
+
+
+class Sink(Protocol):
+    """A destination that is no plain tensor: it takes rows of a weight as the checkpoint stores them."""
+
+    def put(self, row: int, value: torch.Tensor | Fp8Slice) -> None:
+        """Take rows `row`, `row + 1`, ... of this rank's slice."""
+
+
+Place = torch.Tensor | Sink
+
+
+class Layer(Protocol):
+    """A layer's weights in any layout: where each of them goes."""
+
+    def places(self, q: int, kv: int) -> dict[str, Place]: ...
+    def expert_places(self, expert: int) -> tuple[Place, Place, Place]: ...
+
+
+class Model(Protocol):
+    """A model's weights in any layout."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    def layer_places(self) -> Sequence[Layer]: ...
+    def places(self) -> dict[str, Place]: ...
 
 
 @dataclass(slots=True)
@@ -59,6 +85,19 @@ class LayerWeights:
     w13: torch.Tensor
     w2: torch.Tensor
 
+    def places(self, q: int, kv: int) -> dict[str, Place]:
+        """Where each weight of the layer goes, by a short name; the widths of q and of k and v are this rank's."""
+        q_rows, k_rows, v_rows = torch.split(self.qkv.t(), [q, kv, kv])
+        found: dict[str, Place] = {"q": q_rows, "k": k_rows, "v": v_rows, "o": self.o.t(), "gate": self.gate.t()}
+        for name in ("input_norm", "post_norm", "q_norm", "k_norm", "gate_bias"):
+            found[name] = getattr(self, name)
+        return found
+
+    def expert_places(self, expert: int) -> tuple[Place, Place, Place]:
+        """Where w1, w2 and w3 of this rank's expert go."""
+        w1, w3 = torch.chunk(self.w13[expert].t(), 2)
+        return w1, self.w2[expert].t(), w3
+
 
 @dataclass(slots=True)
 class ModelWeights:
@@ -73,6 +112,13 @@ class ModelWeights:
         yield from (self.embed, self.norm, self.lm_head)
         for layer in self.layers:
             yield from (getattr(layer, name) for name in LayerWeights.__slots__)
+
+    def layer_places(self) -> Sequence[Layer]:
+        return self.layers
+
+    def places(self) -> dict[str, Place]:
+        """Where the weights outside the layers go, by a short name."""
+        return {"embed": self.embed, "lm_head": self.lm_head.t(), "norm": self.norm}
 
     @property
     def num_bytes(self) -> int:
@@ -120,73 +166,73 @@ class Target:
 
     shape   of the whole weight
     parts   the slice of each dimension that this rank holds
-    into    destination, a view of the shape of the slice; None: another rank's
+    into    destination, a view of the shape of the slice or a sink; None: another rank's
     form    how a projection is stored; None: plain numbers
     """
 
     shape: tuple[int, ...]
     parts: tuple[Slice, ...]
-    into: torch.Tensor | None
+    into: Place | None
     form: WeightFormat | None = None
 
     def members(self) -> list[Member]:
         return (self.form or Bf16()).members(self.shape)
 
 
-def table(config: ModelConfig, layout: ParallelLayout, weights: ModelWeights) -> dict[str, Target]:
+def table(config: ModelConfig, layout: ParallelLayout, weights: Model) -> dict[str, Target]:
     """Name in the checkpoint -> target, for every weight of the model."""
     vocab, whole = layout.vocabulary(config.vocab_size), Slice(0, config.hidden_size)
     shape = config.vocab_size, config.hidden_size
+    places = weights.places()
     found = {
-        "model.embed_tokens.weight": Target(shape, (vocab, whole), weights.embed),
-        "lm_head.weight": Target(shape, (vocab, whole), weights.lm_head.t()),
-        "model.norm.weight": Target((config.hidden_size,), (whole,), weights.norm),
+        "model.embed_tokens.weight": Target(shape, (vocab, whole), places["embed"]),
+        "lm_head.weight": Target(shape, (vocab, whole), places["lm_head"]),
+        "model.norm.weight": Target((config.hidden_size,), (whole,), places["norm"]),
     }
-    for number, layer in enumerate(weights.layers):
+    for number, layer in enumerate(weights.layer_places()):
         prefix = f"model.layers.{number}."
         found |= _attention_table(prefix, config, layout, layer)
         found |= _experts_table(prefix + "block_sparse_moe.", config, layout, layer)
     return found
 
 
-def _attention_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: LayerWeights) -> Table:
+def _attention_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: Layer) -> Table:
     hidden, whole = config.hidden_size, Slice(0, config.hidden_size)
     q = layout.query_heads(config.num_heads).scaled(config.head_dim)
     kv = layout.kv_heads(config.num_kv_heads).scaled(config.head_dim)
-    q_rows, k_rows, v_rows = torch.split(layer.qkv.t(), [q.size, kv.size, kv.size])
-    attention = prefix + "self_attn."
+    places = layer.places(q.size, kv.size)
+    attention, moe = prefix + "self_attn.", prefix + "block_sparse_moe."
 
-    def projection(name: str, width: int, part: Slice, into: torch.Tensor) -> Table:
-        name = f"{attention}{name}_proj"
-        return {name + ".weight": Target((width, hidden), (part, whole), into, format_of(config, name))}
+    def projection(name: str, width: int, part: Slice) -> Table:
+        module = f"{attention}{name}_proj"
+        target = Target((width, hidden), (part, whole), places[name], format_of(config, module))
+        return {module + ".weight": target}
 
-    o_proj = attention + "o_proj"
+    o_proj, every = attention + "o_proj", Slice(0, config.num_experts)
     return {
-        prefix + "input_layernorm.weight": Target((hidden,), (whole,), layer.input_norm),
-        prefix + "post_attention_layernorm.weight": Target((hidden,), (whole,), layer.post_norm),
-        **projection("q", config.q_width, q, q_rows),
-        **projection("k", config.kv_width, kv, k_rows),
-        **projection("v", config.kv_width, kv, v_rows),
-        o_proj + ".weight": Target((hidden, config.q_width), (whole, q), layer.o.t(), format_of(config, o_proj)),
-        attention + "q_norm.weight": Target((config.q_width,), (q,), layer.q_norm),
-        attention + "k_norm.weight": Target((config.kv_width,), (kv,), layer.k_norm),
+        prefix + "input_layernorm.weight": Target((hidden,), (whole,), places["input_norm"]),
+        prefix + "post_attention_layernorm.weight": Target((hidden,), (whole,), places["post_norm"]),
+        **projection("q", config.q_width, q),
+        **projection("k", config.kv_width, kv),
+        **projection("v", config.kv_width, kv),
+        o_proj + ".weight": Target((hidden, config.q_width), (whole, q), places["o"], format_of(config, o_proj)),
+        attention + "q_norm.weight": Target((config.q_width,), (q,), places["q_norm"]),
+        attention + "k_norm.weight": Target((config.kv_width,), (kv,), places["k_norm"]),
+        moe + "gate.weight": Target((config.num_experts, hidden), (every, whole), places["gate"]),
+        moe + "e_score_correction_bias": Target((config.num_experts,), (every,), places["gate_bias"]),
     }
 
 
-def _experts_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: LayerWeights) -> Table:
+def _experts_table(prefix: str, config: ModelConfig, layout: ParallelLayout, layer: Layer) -> Table:
     hidden, full, number = config.hidden_size, config.intermediate_size, config.num_experts
-    whole, every = Slice(0, hidden), Slice(0, number)
+    whole = Slice(0, hidden)
     width, mine = layout.expert_width(full), layout.experts(number)
-    found = {
-        prefix + "gate.weight": Target((number, hidden), (every, whole), layer.gate.t()),
-        prefix + "e_score_correction_bias": Target((number,), (every,), layer.gate_bias),
-    }
+    found = {}
     for index in range(number):
-        w1 = w2 = w3 = None
+        places: tuple[Place | None, ...] = (None, None, None)
         if mine.start <= index < mine.stop:
-            w1, w3 = torch.split(layer.w13[index - mine.start].t(), [width.size, width.size])
-            w2 = layer.w2[index - mine.start].t()
-        for name, into in (("w1", w1), ("w3", w3), ("w2", w2)):
+            places = layer.expert_places(index - mine.start)
+        for name, into in zip(("w1", "w2", "w3"), places, strict=True):
             module = f"{prefix}experts.{index}.{name}"
             shape, parts = ((hidden, full), (whole, width)) if name == "w2" else ((full, hidden), (width, whole))
             found[module + ".weight"] = Target(shape, parts, into, format_of(config, module))
@@ -230,7 +276,7 @@ def load(
     folder: Path,
     config: ModelConfig,
     layout: ParallelLayout,
-    weights: ModelWeights,
+    weights: Model,
     report: Report,
     num_readers: int = NUM_READERS,
 ) -> str:
@@ -264,20 +310,24 @@ def _fill(files: TensorFiles, name: str, target: Target) -> int:
     for start in range(rows.start, rows.stop, STRIP_ROWS if rest else rows.size):
         strip = Slice(start, min(start + STRIP_ROWS, rows.stop) if rest else rows.stop)
         value, size = _read(files, name, target, (strip, *rest))
-        _place(target.into[strip.start - rows.start : strip.stop - rows.start], value)
+        row = strip.start - rows.start
+        if isinstance(target.into, torch.Tensor):
+            _place(target.into[row : row + strip.size], value.dequantise() if isinstance(value, Fp8Slice) else value)
+        else:
+            target.into.put(row, value)
         num_bytes += size
     return num_bytes
 
 
-def _read(files: TensorFiles, name: str, target: Target, parts: tuple[Slice, ...]) -> tuple[torch.Tensor, int]:
-    """Numbers of a slice of a weight, and how many bytes of the checkpoint they took."""
+def _read(
+    files: TensorFiles, name: str, target: Target, parts: tuple[Slice, ...]
+) -> tuple[torch.Tensor | Fp8Slice, int]:
+    """A slice of a weight, and how many bytes of the checkpoint it took."""
     if target.form is None:
         value = files.read(name, parts)
         return value, value.nbytes
     found = target.form.read(lambda suffix, *part: files.read(name + suffix, part), *parts)
-    if isinstance(found, Fp8Slice):
-        return found.dequantise(), found.weight.nbytes + found.scale.nbytes
-    return found, found.nbytes
+    return found, found.weight.nbytes + found.scale.nbytes if isinstance(found, Fp8Slice) else found.nbytes
 
 
 def _place(into: torch.Tensor, value: torch.Tensor) -> None:
