@@ -1,0 +1,126 @@
+"""RMSNorm with what lies before and after it in one launch: sums into the residual, and FP8 for the next matrix.
+
+    x += sum of parts;  h = x / sqrt(mean(x^2) + eps) * weight;  h as e4m3 with one scale per 128 columns, or as bf16
+
+The residual x is float32. Parts are what the matrices before left behind unsummed: the slices of a split-K product,
+or the weighted rows of a token's experts; they are added in their order, so a step's bits do not depend on timing.
+The first layer's form looks its rows up in the embedding instead; the last one's serves the tokens that need logits.
+One program a token. The math is that of `norm_rope.rms_norm`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+if TYPE_CHECKING:
+    from saddle.kernels.quant import Activation
+
+GROUP = 128  # columns that share an activation scale
+
+
+@triton.jit
+def _norm_kernel(
+    x, parts, part_stride, part_token_stride, index, table, weight, eps, out, scales,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, NUM_PARTS: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr,
+    WRITE_X: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """One token: x [T, WIDTH] float32, out [T or S, WIDTH], scales [T, WIDTH / 128]; GROUPS = WIDTH / 128 rounded up
+    to a power of two. `index`: token ids (EMBED) or tokens to serve (GATHER)."""
+    target = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    columns = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = (group < WIDTH // 128)[:, None] & (columns >= 0)
+    gain = tl.load(weight + columns, mask=inside, other=0.0)  # no other kernel writes it: loaded before the wait
+    if PDL > 0:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    token = target
+    if GATHER:
+        token = tl.load(index + target).to(tl.int64)
+    if EMBED:
+        row = tl.load(index + target).to(tl.int64)
+        values = tl.load(table + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values = tl.load(x + token * WIDTH + columns, mask=inside, other=0.0)
+    for part in tl.static_range(NUM_PARTS):
+        place = parts + part * part_stride + token * part_token_stride
+        values += tl.load(place + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL == 2:
+        gdc_launch_dependents()
+    if WRITE_X:
+        tl.store(x + token * WIDTH + columns, values, mask=inside)
+    inverse = tl.rsqrt(tl.sum(tl.sum(values * values, 1), 0) / WIDTH + eps)
+    normed = values * inverse * gain
+    if A8:
+        LARGEST: tl.constexpr = 240.0 if out.dtype.element_ty == tl.float8e4b8 else 448.0
+        scale = tl.maximum(tl.max(tl.abs(normed), 1), 1e-10) / LARGEST
+        quantised = (normed / scale[:, None]).to(out.dtype.element_ty)
+        tl.store(out + target * WIDTH + columns, quantised, mask=inside)
+        tl.store(scales + target * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
+    else:
+        tl.store(out + target * WIDTH + columns, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def embed_norm(
+    token_ids: torch.Tensor, table: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, out: Activation,
+    pdl: int = 0,
+) -> None:  # fmt: skip
+    """First layer: x = table[token_ids], out = its norm.
+
+    Args:
+        token_ids: [T] int32, every one a row of the table (also of rows that only pad).
+        table: [V, H] bfloat16.
+        x: [T, H] float32, written.
+        weight: [H] float32.
+        out: [T, H], see `Activation`.
+        pdl: 0 without programmatic dependent launch; 1, 2: the next kernel may start early, late.
+    """
+    _launch(len(token_ids), x, None, token_ids, table, weight, eps, out.data, out.scale, pdl, embed=True)
+
+
+def add_norm(
+    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, out: Activation, pdl: int = 0
+) -> None:
+    """x += sum of parts; out = norm of x.
+
+    Args:
+        x: [T, H] float32.
+        parts: [P, T, H] float32 or bfloat16, any strides but the last.
+    """
+    _launch(x.shape[0], x, parts, None, None, weight, eps, out.data, out.scale, pdl)
+
+
+def final_norm(
+    x: torch.Tensor, parts: torch.Tensor | None, logit_index: torch.Tensor, weight: torch.Tensor, eps: float,
+    out: torch.Tensor, pdl: int = 0,
+) -> None:  # fmt: skip
+    """out[s] = norm of (x + sum of parts)[logit_index[s]] as bfloat16 [S, H]; x stays as it is.
+
+    Args:
+        logit_index: [S] int32, tokens of the step.
+    """
+    _launch(len(logit_index), x, parts, logit_index, None, weight, eps, out, None, pdl)
+
+
+def _launch(
+    count: int, x: torch.Tensor, parts: torch.Tensor | None, index: torch.Tensor | None, table: torch.Tensor | None,
+    weight: torch.Tensor, eps: float, out: torch.Tensor, scales: torch.Tensor | None, pdl: int, embed: bool = False,
+) -> None:  # fmt: skip
+    width = x.shape[-1]
+    if width % GROUP:
+        raise ValueError(f"the hidden size must be a multiple of {GROUP}, not {width}")
+    if count == 0:
+        return
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    _norm_kernel[(count,)](
+        x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1), index, table,
+        weight, eps, out, scales, width, triton.next_power_of_2(width // GROUP), 0 if parts is None else len(parts),
+        embed, index is not None and not embed, embed or (parts is not None and index is None), scales is not None,
+        pdl, num_warps=8 if width > 1024 else 4, **options,
+    )  # fmt: skip

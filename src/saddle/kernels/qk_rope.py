@@ -1,0 +1,149 @@
+"""What lies between the qkv product and attention, in one launch: QK-norm, rotary embedding, the write of K and V.
+
+q is normalised over its whole width (all heads), k over its whole width, both before the split into heads; the first
+64 of each head's 128 numbers turn in NeoX pairs (i, i + 32), the rest stays; k and v go into paged memory in the
+layout of `paged_kv`. The math is that of `norm_rope`. Decoding steps do the same inside `paged_decode`.
+
+One program a token. A head's numbers are loaded as three pieces (0-31, 32-63, 64-127), so that the two of a pair lie
+in equal places of two tensors and nothing has to move between lanes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer, swizzled
+
+# Scores are q k / sqrt(head_dim) and softmax is computed with exp2: both factors go into q.
+QUERY_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
+
+
+@triton.jit
+def _rotated(first, second, cos, sin):  # type: ignore[no-untyped-def]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _piece(base, heads, START: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Numbers START to START + LENGTH of every head, float32 [heads rounded up, LENGTH]."""
+    place = heads[:, None] * 128 + START + tl.arange(0, LENGTH)[None, :]
+    return tl.load(base + place, mask=(heads < HEADS)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, static, HEADS: tl.constexpr,
+              CHUNK: tl.constexpr, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Store one token's keys (plane 0) or values (plane 1) of all heads, given as the three pieces."""
+    inside = heads < HEADS
+    where = (block * 2 + plane) * HEADS + heads
+    if SCALES > 0:
+        LARGEST: tl.constexpr = 240.0 if kv.dtype.element_ty == tl.float8e4b8 else 448.0
+        if SCALES == 2:
+            largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+            scale = tl.maximum(tl.maximum(largest, tl.max(tl.abs(rest), 1)), 1e-10) / LARGEST
+            tl.store(scales + where * 64 + offset, scale, mask=inside)
+        else:
+            scale = tl.full(heads.shape, 1.0, tl.float32) * static
+        first = tl.minimum(tl.maximum(first / scale[:, None], -LARGEST), LARGEST)
+        second = tl.minimum(tl.maximum(second / scale[:, None], -LARGEST), LARGEST)
+        rest = tl.minimum(tl.maximum(rest / scale[:, None], -LARGEST), LARGEST)
+    token = kv + where[:, None] * 8192
+    one = tl.zeros([1], tl.int32) + offset
+    short = tl.arange(0, 32)
+    mask = inside[:, None]
+    tl.store(token + swizzled(one, short, CHUNK), first.to(kv.dtype.element_ty), mask=mask)
+    tl.store(token + swizzled(one, 32 + short, CHUNK), second.to(kv.dtype.element_ty), mask=mask)
+    tl.store(token + swizzled(one, 64 + tl.arange(0, 64), CHUNK), rest.to(kv.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _qk_rope_kernel(
+    qkv, q_norm, k_norm, eps, cos_table, sin_table, positions, slots, kv, scales, k_scale, v_scale, q_out, query_scale,
+    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_UP: tl.constexpr,
+    CHUNK: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    if PDL > 0:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    position = tl.load(positions + token)
+    if position >= 0:
+        row = qkv + token * ((HEADS + 2 * KV_HEADS) * 128)
+        pair = tl.arange(0, 32)
+        cos = tl.load(cos_table + position.to(tl.int64) * 32 + pair)[None, :]
+        sin = tl.load(sin_table + position.to(tl.int64) * 32 + pair)[None, :]
+
+        heads = tl.arange(0, HEADS_UP)
+        q0 = _piece(row, heads, 0, 32, HEADS)
+        q1 = _piece(row, heads, 32, 32, HEADS)
+        q2 = _piece(row, heads, 64, 64, HEADS)
+        squares = tl.sum(q0 * q0 + q1 * q1, 1) + tl.sum(q2 * q2, 1)
+        inverse = tl.rsqrt(tl.sum(squares, 0) / (HEADS * 128) + eps) * query_scale
+        q0 *= _piece(q_norm, heads, 0, 32, HEADS) * inverse
+        q1 *= _piece(q_norm, heads, 32, 32, HEADS) * inverse
+        q2 *= _piece(q_norm, heads, 64, 64, HEADS) * inverse
+        q0, q1 = _rotated(q0, q1, cos, sin)
+        target = q_out + token * (HEADS * 128) + heads[:, None] * 128
+        mask = (heads < HEADS)[:, None]
+        tl.store(target + pair[None, :], q0.to(q_out.dtype.element_ty), mask=mask)
+        tl.store(target + 32 + pair[None, :], q1.to(q_out.dtype.element_ty), mask=mask)
+        tl.store(target + 64 + tl.arange(0, 64)[None, :], q2.to(q_out.dtype.element_ty), mask=mask)
+
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            block = slot // 64
+            offset = (slot % 64).to(tl.int32)
+            heads = tl.arange(0, KV_HEADS_UP)
+            keys = row + HEADS * 128
+            k0 = _piece(keys, heads, 0, 32, KV_HEADS)
+            k1 = _piece(keys, heads, 32, 32, KV_HEADS)
+            k2 = _piece(keys, heads, 64, 64, KV_HEADS)
+            squares = tl.sum(k0 * k0 + k1 * k1, 1) + tl.sum(k2 * k2, 1)
+            inverse = tl.rsqrt(tl.sum(squares, 0) / (KV_HEADS * 128) + eps)
+            k0 *= _piece(k_norm, heads, 0, 32, KV_HEADS) * inverse
+            k1 *= _piece(k_norm, heads, 32, 32, KV_HEADS) * inverse
+            k2 *= _piece(k_norm, heads, 64, 64, KV_HEADS) * inverse
+            k0, k1 = _rotated(k0, k1, cos, sin)
+            _store_kv(k0, k1, k2, kv, scales, block, offset, 0, heads, k_scale, KV_HEADS, CHUNK, SCALES)
+            values = keys + KV_HEADS * 128
+            v0 = _piece(values, heads, 0, 32, KV_HEADS)
+            v1 = _piece(values, heads, 32, 32, KV_HEADS)
+            v2 = _piece(values, heads, 64, 64, KV_HEADS)
+            _store_kv(v0, v1, v2, kv, scales, block, offset, 1, heads, v_scale, KV_HEADS, CHUNK, SCALES)
+    if PDL == 2:
+        gdc_launch_dependents()
+
+
+def qk_rope_write(
+    qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, slots: torch.Tensor, kv: KVLayer, q_out: torch.Tensor, pdl: int = 0,
+) -> None:  # fmt: skip
+    """Normalise and rotate q and k of T tokens; store k and v.
+
+    Args:
+        qkv: [T, q + 2 kv] bfloat16 or float32, contiguous.
+        q_norm: [q] float32; k_norm: [kv] float32.
+        cos, sin: [positions, 32] float32 (`norm_rope.rotary_table`).
+        positions: [T] int32; -1: a token that only pads, for which nothing is written.
+        slots: [T] int64, block * 64 + offset, all different; -1: k and v are not stored.
+        q_out: [T, q] bfloat16, written: rotated and multiplied by `QUERY_SCALE`, as the attention kernels want it.
+    """
+    num_heads, num_kv_heads = q_norm.numel() // HEAD_DIM, k_norm.numel() // HEAD_DIM
+    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * HEAD_DIM or num_kv_heads != kv.num_kv_heads:
+        raise ValueError(f"qkv has {qkv.shape[1]} columns for {num_heads} heads and {kv.num_kv_heads} KV heads")
+    if qkv.shape[0] == 0:
+        return
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    _qk_rope_kernel[(qkv.shape[0],)](
+        qkv, q_norm, k_norm, eps, cos, sin, positions, slots, kv.data, kv.scales, kv.k_scale, kv.v_scale, q_out,
+        QUERY_SCALE, num_heads, triton.next_power_of_2(num_heads), num_kv_heads,
+        triton.next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl,
+        num_warps=8 if num_heads > 16 else 4, **options,
+    )  # fmt: skip
