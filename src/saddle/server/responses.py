@@ -1,0 +1,313 @@
+"""OpenAI's responses: the body becomes a job; what the job's events become is `responses_stream.Answer`.
+
+The conversation of a response is what it continues (`previous_response_id`), then its `input`; `instructions` are of
+this response alone. Tools and items of kinds that M2 cannot use are left out, and the response lists them under
+`ignored`: agents send tools of OpenAI's own service unasked and do without them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from saddle.errors import InvalidRequest
+from saddle.grammar import spec
+from saddle.protocol import GrammarSpec, SamplingParams
+from saddle.server.constraints import Choice, check_sampling, chosen, combined
+from saddle.server.job import ChatPrompt, Facts, Job
+from saddle.server.openai_parts import now
+from saddle.server.responses_items import Item, Reader, Seal, as_items
+from saddle.server.sampling import sampling_params
+from saddle.server.wire_openai import SamplingBody
+from saddle.server.wire_responses import ResponsesBody
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+SUMMARIES = ("auto", "concise", "detailed")
+TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
+ENCRYPTED = "reasoning.encrypted_content"
+# What other models' tools and inputs would add to an answer: this one has none, so nothing is left out.
+INCLUDABLE = (
+    ENCRYPTED, "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+)  # fmt: skip
+REFUSED = {
+    "conversation": "use previous_response_id, or send the whole conversation as input",
+    "prompt": "send the text of the prompt as input",
+    "context_management": "shorten the input instead, or set truncation to auto",
+    "moderation": "leave it out",
+    "top_logprobs": "use /v1/chat/completions with logprobs",
+}
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+SHARED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
+                 "repetition_penalty", "stop", "ignore_eos")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedResponse:
+    """A request of this API: the job, and how the sender wants to read and keep the answer.
+
+    id, key   public id, and its random part
+    items   its own input
+    fixed   fields of the response that are known before it begins
+    shortens   leave out the oldest turns if the prompt is too long
+    """
+
+    job: Job
+    id: str
+    key: str
+    items: list[Item]
+    fixed: dict[str, Any]
+    stream: bool
+    store: bool
+    background: bool
+    previous: str | None
+    summary: bool
+    seals: bool
+    return_token_ids: bool
+    shortens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The tools of a request. `functions` are in the shape of the chat template, `named` with what grammars need."""
+
+    functions: list[dict[str, Any]]
+    named: list[dict[str, Any]]
+    ignored: list[str]
+
+
+def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Seal,
+               request_id: str | None = None) -> AskedResponse:  # fmt: skip
+    """The job of a request.
+
+    Args:
+        earlier: items of the responses that it continues.
+
+    Raises:
+        InvalidRequest, NotFound: naming the field.
+    """
+    model = facts.check_model(body.model)
+    _check_fields(body)
+    key = secrets.token_hex(16)
+    items = as_items(body.input, key)
+    reader = Reader(seal)
+    if body.instructions:
+        reader.system(body.instructions)
+    reader.add(earlier, "previous_response_id")
+    reader.add(items)
+    if not any(message["role"] != "system" for message in reader.messages):
+        raise InvalidRequest("input must hold at least one message, it is empty.", "input")
+    offer = _offer(body.tools or [])
+    params = _params(body, facts)
+    grammar, muted = _grammar(body, offer, facts)
+    max_thinking = 0 if body.reasoning is not None and body.reasoning.effort == "none" else None
+    check_sampling(grammar, max_thinking, params)
+    prompt = ChatPrompt(
+        messages=reader.messages,
+        tools=offer.functions or None,
+        template_kwargs={**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})},
+    )
+    response_id = f"resp_{key}"
+    job = Job(
+        request_id=body.request_id or request_id or response_id,
+        prompts=(prompt,),
+        params=params,
+        tools=offer.functions or None,
+        mute_calls=muted,
+        grammar=grammar,
+        max_thinking_tokens=max_thinking,
+        want_tokens=bool(body.return_token_ids),
+        cache_salt=body.cache_salt,
+        priority=body.priority or 0,
+    )
+    return AskedResponse(
+        job=job,
+        id=response_id,
+        key=key,
+        items=items,
+        fixed=_fixed(body, model, params, offer, reader.ignored),
+        stream=bool(body.stream),
+        store=body.store is not False,
+        background=bool(body.background),
+        previous=body.previous_response_id,
+        summary=_summary(body) is not None,
+        seals=ENCRYPTED in (body.include or ()),
+        return_token_ids=bool(body.return_token_ids),
+        shortens=body.truncation == "auto",
+    )
+
+
+def shorter(messages: list[dict[str, Any]], num_rounds: int) -> list[dict[str, Any]] | None:
+    """Messages without the oldest rounds, a round being a user's message and what follows; None if too few are left.
+
+    System messages stay, and the latest round.
+    """
+    begins = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    if len(begins) <= num_rounds:
+        return None
+    start = begins[num_rounds]
+    return [m for n, m in enumerate(messages) if n >= start or m["role"] in ("system", "developer")]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fields
+
+
+def _check_fields(body: ResponsesBody) -> None:
+    for name, instead in REFUSED.items():
+        if getattr(body, name):
+            raise InvalidRequest(f"{name} is not supported by this version: {instead}.", name)
+    if body.background and body.store is False:
+        raise InvalidRequest("background needs store: the answer is read with GET.", "background")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
+    for name in ("max_output_tokens", "max_tool_calls"):
+        value = getattr(body, name)
+        if value is not None and value < 1:
+            raise InvalidRequest(f"{name} must be at least 1, got {value}.", name)
+    reasoning = body.reasoning
+    _one_of("reasoning.effort", None if reasoning is None else reasoning.effort, EFFORTS)
+    _one_of("reasoning.summary", _summary(body), SUMMARIES)
+    _one_of("text.verbosity", None if body.text is None else body.text.verbosity, ("low", "medium", "high"))
+    _one_of("truncation", body.truncation, ("auto", "disabled"))
+    _one_of("service_tier", body.service_tier, TIERS)
+    for number, value in enumerate(body.include or ()):
+        _one_of(f"include.{number}", value, INCLUDABLE)
+    _check_metadata(body.metadata or {})
+
+
+def _one_of(param: str, value: str | None, right: tuple[str, ...]) -> None:
+    if value is not None and value not in right:
+        raise InvalidRequest(f"{param} must be one of {', '.join(right)}, got {value[:80]!r}.", param)
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    if len(metadata) > MAX_METADATA:
+        raise InvalidRequest(f"metadata may have at most {MAX_METADATA} entries, got {len(metadata)}.", "metadata")
+    for name, value in metadata.items():
+        if len(name) > MAX_METADATA_KEY or not isinstance(value, str) or len(value) > MAX_METADATA_VALUE:
+            raise InvalidRequest(f"metadata must map strings of at most {MAX_METADATA_KEY} characters to strings of at "
+                                 f"most {MAX_METADATA_VALUE}.", f"metadata.{name[:MAX_METADATA_KEY]}")  # fmt: skip
+
+
+def _summary(body: ResponsesBody) -> str | None:
+    return None if body.reasoning is None else body.reasoning.summary or body.reasoning.generate_summary
+
+
+def _params(body: ResponsesBody, facts: Facts) -> SamplingParams:
+    shared = SamplingBody(**{name: getattr(body, name) for name in SHARED_FIELDS})
+    return sampling_params(shared, facts, max_tokens=body.max_output_tokens, logprobs=None)
+
+
+def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer, items: list[str]) -> dict[str, Any]:
+    reasoning, text = body.reasoning, body.text
+    fixed: dict[str, Any] = {
+        "created_at": now(),
+        "background": bool(body.background),
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "model": model,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": _summary(body)},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": body.store is not False,
+        "temperature": params.temperature,
+        "text": {"format": {"type": "text"} if text is None or text.format is None else text.format,
+                 "verbosity": (text and text.verbosity) or "medium"},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [{"type": "function", **function} for function in offer.named],
+        "top_logprobs": 0,
+        "top_p": params.top_p,
+        "truncation": body.truncation or "disabled",
+        "user": body.user,
+    }  # fmt: skip
+    fields = ["text.verbosity"] if text is not None and text.verbosity in ("low", "high") else []
+    ignored = {name: kinds for name, kinds in (("tools", offer.ignored), ("input", items), ("fields", fields)) if kinds}
+    return {**fixed, "ignored": ignored} if ignored else fixed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# tools and grammars
+
+
+def _offer(tools: list[dict[str, Any]]) -> Offer:
+    """Function tools, and the kinds of the others."""
+    functions, named, ignored = [], [], list[str]()
+    for number, tool in enumerate(tools):
+        where, kind = f"tools.{number}", tool.get("type", "function")
+        if not isinstance(kind, str):
+            raise InvalidRequest(f"{where}.type must be a string.", f"{where}.type")
+        if kind != "function":
+            if kind not in ignored:
+                ignored.append(kind)
+            continue
+        given = tool.get("function", tool)
+        name = given.get("name") if isinstance(given, dict) else None
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest(f"{where}.name must be a non-empty string.", f"{where}.name")
+        parameters, description = given.get("parameters"), given.get("description")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise InvalidRequest(f"{where}.parameters must be a JSON schema (an object).", f"{where}.parameters")
+        if description is not None and not isinstance(description, str):
+            raise InvalidRequest(f"{where}.description must be a string.", f"{where}.description")
+        function = {"name": name, "description": description, "parameters": parameters}
+        shown = {field: value for field, value in function.items() if value is not None}
+        functions.append({"type": "function", "function": shown})
+        named.append({**function, "strict": given.get("strict") is True})
+    return Offer(functions, named, ignored)
+
+
+def _grammar(body: ResponsesBody, offer: Offer, facts: Facts) -> tuple[GrammarSpec | None, bool]:
+    """(what constrains the answer and its calls, whether calls are muted)."""
+    answer, choice = _format(None if body.text is None else body.text.format), body.tool_choice
+    parallel, tokenizer = body.parallel_tool_calls is not False, facts.tokenizer
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, mode = _allowed(choice, offer), choice.get("mode", "auto")
+        _one_of("tool_choice.mode", mode if isinstance(mode, str) else str(mode), ("auto", "required"))
+        if mode == "auto" and answer is None:
+            return spec.tool_grammar(tools, "auto", tokenizer, parallel=parallel), False
+        wanted = Choice("required") if mode == "required" else Choice("auto")
+        return combined(answer, tools, wanted, tokenizer, parallel=parallel), False
+    if choice == "auto":
+        choice = None  # also without tools, as of a client whose tools were all of other kinds
+    wanted = chosen(choice, offer.named)
+    return combined(answer, offer.named, wanted, tokenizer, parallel=parallel), wanted.kind == "none"
+
+
+def _allowed(choice: Mapping[str, Any], offer: Offer) -> list[dict[str, Any]]:
+    """The tools that `allowed_tools` leaves; the prompt keeps all, so that its cache holds."""
+    param, given = "tool_choice.tools", choice.get("tools")
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise InvalidRequest(f"{param} must be a list of tools.", param)
+    names = [tool.get("name") for tool in given if tool.get("type", "function") == "function"]
+    known = [function["name"] for function in offer.named]
+    for name in names:
+        if name not in known:
+            raise InvalidRequest(f"{param} names {name!r}, which is not among tools.", param)
+    if not names:
+        raise InvalidRequest(f"{param} must name at least one function of tools.", param)
+    return [function for function in offer.named if function["name"] in names]
+
+
+def _format(form: Any) -> GrammarSpec | None:
+    """`text.format`: flat, where chat's response_format has the schema under `json_schema`."""
+    if form is None:
+        return None
+    kind, param = form.get("type") if isinstance(form, dict) else None, "text.format"
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return spec.json_object(param=param)
+    if kind == "json_schema":
+        schema = form.get("schema")
+        if not isinstance(schema, dict):
+            raise InvalidRequest(f"{param}.schema must be a JSON schema (an object).", f"{param}.schema")
+        return spec.json_schema(schema, param=f"{param}.schema")
+    raise InvalidRequest(f"{param}.type must be text, json_object or json_schema, got {kind!r}.", f"{param}.type")
