@@ -262,6 +262,7 @@ class ServerConfig:
     request_timeout_s: float | None = None  # from admission to the last token
     max_body_bytes: int = 64 << 20
     replay_bytes: int = 256 << 20
+    response_store_bytes: int = 64 << 20  # 0 keeps no response
     sse_keep_alive_s: float = 15.0
     shutdown_timeout_s: float = 30.0
     vllm_metric_names: bool = False

@@ -178,4 +178,6 @@ FLAGS: tuple[Flag, ...] = (
          help="largest request body; default 64M"),
     Flag(names="--replay-bytes", kind="size", group=SADDLE, to=("server.replay_bytes",),
          help="memory that keeps generated turns as token ids, so that their KV is found again; default 256M"),
+    Flag(names="--response-store-bytes", kind="size", group=SADDLE, to=("server.response_store_bytes",),
+         help="memory that keeps responses for GET and previous_response_id, 0 for none; default 64M"),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from saddle.config import ServerConfig
 from saddle.errors import RequestError
-from saddle.server import admin, openai, openai_text
+from saddle.server import admin, openai, openai_text, responses_routes
 from saddle.server.bodies import STREAMED, read, takes
 from saddle.server.gate import Gate
 from saddle.server.openai_parts import TokenNames
@@ -28,6 +28,7 @@ def build_app(service: Service, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="Saddle", version=VERSION, redoc_url=None)
     app.include_router(admin.router(service))
     app.include_router(openai_router(service))
+    app.include_router(responses_routes.router(service))
     app.add_middleware(Gate, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     if config.allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"],
