@@ -110,7 +110,7 @@ def tool_grammar(
     Raises:
         InvalidRequest: the tool is not there, or its schema cannot be enforced.
     """
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = functions_of(tools, param)
     places = dict(enumerate(functions))
     if not places:
         raise InvalidRequest("tool_choice needs tools.", "tool_choice")
@@ -134,6 +134,17 @@ def tool_grammar(
         return _spec("text_or_tools", _dump(whole, param), after_token_id, param)
     whole = {"type": "sequence", "elements": [{"type": "token", "token": tokenizer.calls_id}, *block]}
     return _spec("tools", _dump(whole, param), after_token_id, param)
+
+
+def functions_of(tools: Sequence[Any], param: str = "tools") -> list[Mapping[str, Any]]:
+    """The functions of tools, which may stand alone. Raises InvalidRequest where one is no object."""
+    found = []
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise InvalidRequest(f"{param}.{number} must be an object with a function.", f"{param}.{number}")
+        found.append(function)
+    return found
 
 
 def answer_or_tools(answer: GrammarSpec, tools: GrammarSpec) -> GrammarSpec:

@@ -68,7 +68,7 @@ def combined(
     if answer is not None:
         calls = spec.tool_grammar(tools, "optional", tokenizer, parallel=parallel, param=param)
         return spec.answer_or_tools(answer, calls)
-    if parallel and not any(tool.get("function", tool).get("strict") is True for tool in tools):
+    if parallel and not any(function.get("strict") is True for function in spec.functions_of(tools, param)):
         return None
     return spec.tool_grammar(tools, "auto", tokenizer, parallel=parallel, param=param)
 
@@ -96,6 +96,23 @@ def check_sampling(grammar: GrammarSpec | None, max_thinking_tokens: int | None,
     for field, given in wrong.items():
         if given:
             raise InvalidRequest(f"{field} cannot be combined with {what}: together they may leave no token.", field)
+
+
+def chosen(choice: Any, tools: Sequence[Mapping[str, Any]] | None) -> Choice:
+    """OpenAI's `tool_choice`, in the shapes of chat and of Responses."""
+    if choice is None or choice == "none" or (choice == "auto" and tools):
+        return Choice("none" if choice == "none" else "auto")
+    if not tools:
+        raise InvalidRequest("tool_choice needs tools.", "tool_choice")
+    if choice == "required":
+        return Choice("required")
+    if isinstance(choice, Mapping) and choice.get("type", "function") == "function":
+        function = choice.get("function", choice)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str):
+            return Choice("named", name)
+    raise InvalidRequest('tool_choice must be "none", "auto", "required" or an object that names a function.',
+                         "tool_choice")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------

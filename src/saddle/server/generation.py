@@ -17,12 +17,14 @@ import msgspec
 
 from saddle.config import ServerConfig
 from saddle.engine.client import EngineClient, TokenStream
+from saddle.grammar.spec import AFTER_THINKING, has_lead
 from saddle.metrics import Metrics
-from saddle.parsing.events import Done, Event, Failed
+from saddle.parsing.events import Done, Event, Failed, TextDelta
 from saddle.parsing.replay import ReplayStore
 from saddle.parsing.stream import StreamParser
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import EngineStats, FinishReason, SamplingParams, TokenDelta, TokenRequest, Usage
+from saddle.protocol import EngineStats, FinishReason, GrammarSpec, SamplingParams, TokenDelta, TokenRequest, Usage
+from saddle.server.constraints import bound_behind
 from saddle.server.job import Job
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Choice:
     stream: TokenStream
     parser: StreamParser
     num_prompt: int
+    lead: str = ""  # text in front of the answer that is not to be shown, until it came
     first_s: float = 0.0
     last_s: float = 0.0
     queued_s: float = 0.0
@@ -92,6 +95,7 @@ class Generation:
     async def submit(self, params: list[SamplingParams]) -> None:
         """Hand every choice to the engine; all or none are taken."""
         job, n = self.job, self.job.params.n
+        grammars = [self._grammar(prompt) for prompt in self.prompts]
         requests = [
             TokenRequest(
                 request_id=self._backend.engine_id(job.request_id),
@@ -100,6 +104,7 @@ class Generation:
                 arrival_s=self._arrival_s,
                 priority=job.priority,
                 cache_salt=job.cache_salt,
+                grammar=grammars[index // n],
             )
             for index in range(len(self.prompts) * n)
         ]
@@ -114,14 +119,26 @@ class Generation:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
         self._choices = [
-            Choice(index, stream, self._parser(prompt), len(prompt))
+            Choice(index, stream, self._parser(prompt), len(prompt), self._lead(grammar))
             for index, stream in enumerate(streams)
-            for prompt in (self.prompts[index // n],)
+            for prompt, grammar in ((self.prompts[index // n], grammars[index // n]),)
         ]
         timeout_s = self._backend.config.request_timeout_s
         if timeout_s is not None:
             left_s = self._arrival_s + timeout_s - time.monotonic()
             self._deadline = asyncio.get_running_loop().call_later(max(left_s, 0.0), self._expire)
+
+    def _grammar(self, prompt: list[int]) -> GrammarSpec | None:
+        """The grammar of the job where this prompt wants it to begin."""
+        job, tokenizer = self.job, self._backend.tokenizer
+        if not tokenizer.is_thinking(prompt):
+            return job.grammar
+        return bound_behind(job.grammar, job.max_thinking_tokens, tokenizer.end_think_id)
+
+    def _lead(self, grammar: GrammarSpec | None) -> str:
+        """What stands in front of the answer that was asked for, where answers are told from thinking."""
+        splits = self.job.parse and self._backend.config.reasoning_parser == "minimax_m2"
+        return AFTER_THINKING if grammar is not None and has_lead(grammar) and splits else ""
 
     def _parser(self, prompt: list[int]) -> StreamParser:
         job, config = self.job, self._backend.config
@@ -214,6 +231,8 @@ class Generation:
             logger.exception("%s: the output could not be read", choice.request_id)
             events = [Failed(UNREADABLE, self._usage(choice))]
             self._backend.client.abort(choice.request_id)
+        if choice.lead:
+            events = _without_lead(choice, events)
         if events and isinstance(events[-1], (Done, Failed)):
             self._end(choice, events[-1])
         return events
@@ -265,3 +284,17 @@ class Generation:
     @staticmethod
     def _usage(choice: Choice) -> Usage:
         return Usage(num_prompt_tokens=choice.num_prompt, num_completion_tokens=choice.num_tokens)
+
+
+def _without_lead(choice: Choice, events: list[Event]) -> list[Event]:
+    """Events without the text in front of the answer; the parser gives that out with the answer's first, or alone."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, TextDelta) and choice.lead:
+            text = event.text.removeprefix(choice.lead)
+            choice.lead = ""
+            if text:
+                kept.append(TextDelta(text))
+        else:
+            kept.append(event)
+    return kept

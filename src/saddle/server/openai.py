@@ -1,7 +1,7 @@
 """OpenAI's chat completions: the body becomes a job, the events of the job become chunks or one answer.
 
-Reasoning goes out as `reasoning` and `reasoning_content` (`--reasoning-field` picks one). `reasoning_effort` is
-accepted with any level but "none" and changes nothing: M2 always thinks, and nothing in its prompt sets how much.
+Reasoning goes out as `reasoning` and `reasoning_content` (`--reasoning-field` picks one). Of `reasoning_effort` only
+"none" changes anything, it ends the thinking at once: nothing in M2's prompt sets how much it thinks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from saddle.errors import InvalidRequest
 from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, Tokens, ToolArgs, ToolStart
 from saddle.parsing.fold import fold
 from saddle.protocol import FinishReason
+from saddle.server.constraints import check_sampling, chosen, combined
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import (
     DONE_FRAME,
@@ -29,33 +30,43 @@ from saddle.server.openai_parts import (
     now,
 )
 from saddle.server.replies import encode_json
-from saddle.server.sampling import check_streaming, sampling_params, truncation
+from saddle.server.sampling import answer_grammar, check_streaming, max_thinking_tokens, sampling_params, truncation
 from saddle.server.wire_openai import ChatBody
 
-EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedChat(Asked):
-    """A chat request. `echoed` is the text of the last message, sent first when `echo` asks for it."""
+    """A chat request.
+
+    named   one tool had to be called: OpenAI then reports "stop" and not "tool_calls"
+    echoed   the text of the last message, sent first when `echo` asks for it
+    """
 
     num_top: int = 0
     include_reasoning: bool = True
-    one_call: bool = False
+    named: bool = False
     echoed: str = ""
 
 
 def to_request(body: ChatBody, facts: Facts, request_id: str | None = None) -> AskedChat:
     """Raises InvalidRequest or NotFound, naming the field."""
     model = facts.check_model(body.model)
-    tools, muted = _tools(body)
+    if body.tools is not None and not body.tools:
+        raise InvalidRequest("tools must not be empty: leave it out to offer none.", param="tools")
+    choice = chosen(body.tool_choice, body.tools)
     _check_fields(body)
     check_streaming(body)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = sampling_params(body, facts, max_tokens=max_tokens, logprobs=_num_logprobs(body))
+    grammar = combined(answer_grammar(body), body.tools, choice, facts.tokenizer,
+                       parallel=body.parallel_tool_calls is not False)  # fmt: skip
+    max_thinking = max_thinking_tokens(body, body.reasoning_effort)
+    check_sampling(grammar, max_thinking, params)
     prompt = ChatPrompt(
         messages=body.messages,
-        tools=tools,
+        tools=body.tools,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
         template_kwargs={**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})},
@@ -67,8 +78,10 @@ def to_request(body: ChatBody, facts: Facts, request_id: str | None = None) -> A
         request_id=new_id("chatcmpl", body.request_id or request_id),
         prompts=(prompt,),
         params=params,
-        tools=tools,
-        mute_calls=muted,
+        tools=body.tools,
+        mute_calls=choice.kind == "none",
+        grammar=grammar,
+        max_thinking_tokens=max_thinking,
         want_tokens=bool(body.logprobs or body.return_token_ids or continuous or body.prompt_logprobs is not None),
         cache_salt=body.cache_salt,
         priority=body.priority or 0,
@@ -87,25 +100,9 @@ def to_request(body: ChatBody, facts: Facts, request_id: str | None = None) -> A
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
         num_top=body.top_logprobs or 0,
         include_reasoning=body.include_reasoning is not False,
-        one_call=body.parallel_tool_calls is False,
+        named=choice.kind == "named",
         echoed=_echoed(body),
     )
-
-
-def _tools(body: ChatBody) -> tuple[list[dict[str, Any]] | None, bool]:
-    """(the tools, whether calls are muted); `none` and `auto` are what the model can do without a grammar."""
-    if body.tools is not None and not body.tools:
-        raise InvalidRequest("tools must not be empty: leave it out to offer none.", param="tools")
-    choice = body.tool_choice
-    if choice is not None and choice != "none" and not body.tools:
-        raise InvalidRequest("tool_choice needs tools.", param="tool_choice")
-    if choice in (None, "auto", "none"):
-        return body.tools, choice == "none"
-    if choice == "required" or isinstance(choice, dict):
-        what = "required" if choice == "required" else "a named tool"
-        raise InvalidRequest(f'tool_choice: {what} is not supported by this version; use "auto" or "none".',
-                             param="tool_choice")  # fmt: skip
-    raise InvalidRequest('tool_choice must be "auto" or "none".', param="tool_choice")
 
 
 def _check_fields(body: ChatBody) -> None:
@@ -125,8 +122,7 @@ def _check_fields(body: ChatBody) -> None:
                                  param="continue_final_message")  # fmt: skip
     effort = body.reasoning_effort
     if effort is not None and effort not in EFFORTS:
-        hint = "M2 always thinks. " if effort == "none" else ""
-        raise InvalidRequest(f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {effort!r}. {hint}".strip(),
+        raise InvalidRequest(f"reasoning_effort must be one of {', '.join(EFFORTS)}, got {effort!r}.",
                              param="reasoning_effort")  # fmt: skip
 
 
@@ -241,8 +237,6 @@ class ChatStream:
             return Delta(reasoning=text if self._plain else None, reasoning_content=text if self._old else None)
         if isinstance(event, (ToolStart, ToolArgs)):
             self._called.add(index)
-            if self._asked.one_call and event.index > 0:
-                return None
             if isinstance(event, ToolArgs):
                 return Delta(tool_calls=[CallPart(event.index, FunctionPart(event.fragment))])
             return Delta(tool_calls=[CallHead(event.index, event.call_id, "function", FunctionHead(event.name, ""))])
@@ -278,7 +272,7 @@ class ChatStream:
 
     def _last(self, index: int, done: Done) -> bytes:
         self._usage.add(index, done)
-        reason = finish_reason(done.finish_reason, index in self._called)
+        reason = finish_reason(done.finish_reason, index in self._called and not self._asked.named)
         choice = self._choice(index, Delta(), reason, done.stop)
         return self._frame.choice(choice, self._usage_so_far())
 
@@ -287,7 +281,7 @@ class ChatStream:
 
 
 def finish_reason(reason: FinishReason, called: bool) -> str:
-    """`tool_calls` when the model stopped by itself after at least one call."""
+    """`tool_calls` when the model stopped by itself after at least one call that it chose to make."""
     return "tool_calls" if called and reason is FinishReason.STOP else reason.value
 
 
@@ -312,7 +306,7 @@ def to_response(
             "index": index,
             "message": message,
             "logprobs": None,
-            "finish_reason": finish_reason(done.finish_reason, called),
+            "finish_reason": finish_reason(done.finish_reason, called and not asked.named),
             "stop_reason": done.stop,
         }
         if asked.logprobs:
@@ -338,7 +332,7 @@ def to_response(
 def _message(asked: AskedChat, events: list[Event], reasoning_field: str) -> tuple[dict[str, Any], bool]:
     """(the message, whether the model made a call)."""
     whole = fold(events)
-    calls = whole.tool_calls[:1] if asked.one_call else whole.tool_calls
+    calls = whole.tool_calls
     content = asked.echoed + whole.content
     message: dict[str, Any] = {
         "role": "assistant",

@@ -13,6 +13,7 @@ from saddle.errors import InvalidRequest
 from saddle.parsing.events import Done, Event, Failed, TextDelta, Tokens
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import TokenLogprobs
+from saddle.server.constraints import check_sampling
 from saddle.server.job import Facts, Job, Prompt, TextPrompt, TokenPrompt
 from saddle.server.openai_parts import (
     DONE_FRAME,
@@ -27,7 +28,7 @@ from saddle.server.openai_parts import (
     now,
 )
 from saddle.server.replies import encode_json
-from saddle.server.sampling import check_streaming, sampling_params, truncation
+from saddle.server.sampling import answer_grammar, check_streaming, max_thinking_tokens, sampling_params, truncation
 from saddle.server.wire_openai import CompletionBody
 
 DEFAULT_MAX_TOKENS = 16
@@ -56,6 +57,8 @@ def to_request(body: CompletionBody, facts: Facts, request_id: str | None = None
             raise InvalidRequest("echo with logprobs is not available with stream: true.", param="echo")
         extra["prompt_logprobs"] = body.logprobs
     params = sampling_params(body, facts, max_tokens=max_tokens, logprobs=body.logprobs, **extra)
+    grammar, max_thinking = answer_grammar(body), max_thinking_tokens(body)
+    check_sampling(grammar, max_thinking, params)
     options = body.stream_options
     continuous = bool(options and options.continuous_usage_stats)
     keep_last, keep_first = truncation(body, facts)
@@ -64,6 +67,8 @@ def to_request(body: CompletionBody, facts: Facts, request_id: str | None = None
         prompts=read_prompts(body.prompt, facts),
         params=params,
         parse=False,
+        grammar=grammar,
+        max_thinking_tokens=max_thinking,
         want_tokens=bool(body.return_token_ids) or continuous or hide_output or params.logprobs is not None
         or params.prompt_logprobs is not None,
         cache_salt=body.cache_salt,

@@ -8,19 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from saddle.errors import InvalidRequest
-from saddle.protocol import MAX_LOGIT_BIAS, SamplingParams
+from saddle.protocol import MAX_LOGIT_BIAS, GrammarSpec, SamplingParams
+from saddle.server import constraints
 from saddle.server.job import Facts
 from saddle.server.wire_openai import SamplingBody
 
 # Known fields without an implementation here, each with what a sender can do instead.
 REFUSED: dict[str, str] = {
-    "structured_outputs": "leave it out",
     "use_beam_search": "sample with n instead",
     "logprob_token_ids": "use logprobs and top_logprobs",
     "repetition_detection": "use repetition_penalty",
     "kv_transfer_params": "leave it out",
     "vllm_xargs": "leave it out",
-    "thinking_token_budget": "use max_tokens",
     "return_prompt_text": "use /detokenize on prompt_token_ids",
     "chat_template": "it is fixed when the server starts (--chat-template)",
     "documents": "put their text into a message",
@@ -28,6 +27,13 @@ REFUSED: dict[str, str] = {
     "function_call": "use tool_choice",
     "audio": "the model reads and writes text only",
     "suffix": "the model has no fill-in-the-middle prompt",
+    "guided_json": "use structured_outputs.json",
+    "guided_regex": "use structured_outputs.regex",
+    "guided_choice": "use structured_outputs.choice",
+    "guided_grammar": "use structured_outputs.grammar",
+    "guided_json_object": "use structured_outputs.json_object",
+    "guided_decoding_backend": "leave it out, there is one",
+    "guided_whitespace_pattern": "leave it out",
     "prompt_embeds": "send text or token ids",
 }
 SAMPLING_FIELDS = (
@@ -77,14 +83,33 @@ def refuse_unsupported(body: SamplingBody) -> None:
     for name, instead in REFUSED.items():
         if getattr(body, name, None):
             raise InvalidRequest(f"{name} is not supported by this version: {instead}.", param=name)
-    form = body.response_format
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        raise InvalidRequest('response_format is not supported by this version, except {"type": "text"}.',
-                             param="response_format")  # fmt: skip
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not supported: use n and choose among the choices.", param="best_of")
     if any(kind != "text" for kind in getattr(body, "modalities", None) or ()):
         raise InvalidRequest('modalities must be ["text"].', param="modalities")
+
+
+def answer_grammar(body: SamplingBody) -> GrammarSpec | None:
+    """What `response_format` or `structured_outputs` asks of the answer."""
+    wanted = constraints.response_format(body.response_format), constraints.structured_outputs(body.structured_outputs)
+    if None not in wanted:
+        raise InvalidRequest("structured_outputs and response_format both say what the answer must match: give one.",
+                             param="structured_outputs")  # fmt: skip
+    return wanted[0] or wanted[1]
+
+
+def max_thinking_tokens(body: SamplingBody, effort: str | None = None) -> int | None:
+    """The limit that `thinking_token_budget` and `reasoning_effort` "none" set; -1 is no limit."""
+    budget = body.thinking_token_budget
+    if budget is not None and budget < -1:
+        raise InvalidRequest("thinking_token_budget must be 0 or more, or -1 for no limit.",
+                             param="thinking_token_budget")  # fmt: skip
+    if effort == "none":
+        if budget is not None and budget != 0:
+            raise InvalidRequest("thinking_token_budget must be 0 or left out with reasoning_effort none.",
+                                 param="thinking_token_budget")  # fmt: skip
+        return 0
+    return None if budget == -1 else budget
 
 
 def check_streaming(body: SamplingBody) -> None:

@@ -70,17 +70,24 @@ class SamplingBody(Wire):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
-    # Known and not supported by this version: refused with any value that asks for something.
-    best_of: int | None = None
     response_format: Object | None = None
     structured_outputs: Object | None = None
+    thinking_token_budget: int | None = None
+    # Known and not supported by this version: refused with any value that asks for something.
+    best_of: int | None = None
     use_beam_search: bool | None = None
     logprob_token_ids: list[int] | None = None
     repetition_detection: Object | None = None
     kv_transfer_params: Object | None = None
     vllm_xargs: Object | None = None
-    thinking_token_budget: int | None = None
     return_prompt_text: bool | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json_object: Any = None
+    guided_decoding_backend: Any = None
+    guided_whitespace_pattern: Any = None
 
 
 class ChatBody(SamplingBody):

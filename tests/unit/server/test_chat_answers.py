@@ -143,19 +143,6 @@ async def test_tool_call(tokenizer: Tokenizer) -> None:
     assert call["function"] == {"name": "write", "arguments": arguments}
 
 
-async def test_one_call_only(tokenizer: Tokenizer) -> None:
-    invoke = '<invoke name="write">\n<parameter name="path">a</parameter>\n</invoke>\n'
-    script = words(tokenizer, "</think>", "<minimax:tool_call>\n", invoke, invoke, "</minimax:tool_call>")
-    async with running(tokenizer, script) as server:
-        body = {"messages": HI, "tools": TOOLS}
-        _, both = await server.post(CHAT, body)
-        _, one = await server.post(CHAT, {**body, "parallel_tool_calls": False})
-        frames = await chunks(server, tools=TOOLS, parallel_tool_calls=False)
-    assert len(both["choices"][0]["message"]["tool_calls"]) == 2
-    assert len(one["choices"][0]["message"]["tool_calls"]) == 1
-    assert {c["index"] for f in frames for ch in f["choices"] for c in ch["delta"].get("tool_calls", ())} == {0}
-
-
 async def test_tool_choice_none_mutes_calls(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, words(tokenizer, "</think>", "Fine.", *CALL)) as server:
         _, whole = await server.post(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "none"})
