@@ -33,8 +33,10 @@ BLOCK_SIZE = 16
 
 
 def turn_of(prompt: str) -> tuple[str, str]:
-    """(role, text) of the last turn before the generation prompt."""
+    """(role, text) of the last turn before the generation prompt; a plain completion is one turn."""
     turns = prompt.split("]~b]")
+    if len(turns) < 2:
+        return "user", prompt  # a plain completion
     role, _, text = turns[-2].partition("\n")
     return role, text.split("[e~[")[0]
 
