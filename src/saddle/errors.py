@@ -47,7 +47,17 @@ class InvalidRequest(RequestError):
 
 
 class ContextTooLong(RequestError):
-    """The prompt does not fit the context that this server was started with."""
+    """The prompt does not fit the context that this server was started with.
+
+    Args:
+        num_tokens, limit: of the prompt and of the context, for APIs that word it in their own way.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, num_tokens: int | None = None, limit: int | None = None
+    ) -> None:
+        super().__init__(message, param)
+        self.num_tokens, self.limit = num_tokens, limit
 
 
 class NotFound(RequestError):

@@ -20,6 +20,7 @@ WELCOME = """Saddle {version} serves {model}.
 
 POST /v1/chat/completions   OpenAI chat
 POST /v1/completions        OpenAI completions
+POST /v1/messages           Anthropic messages, with /count_tokens
 GET  /v1/models             what is served, with max_model_len
 POST /tokenize, /detokenize
 GET  /livez, /health, /ping, /version, /load, /metrics

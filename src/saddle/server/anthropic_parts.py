@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from saddle.errors import ContextTooLong, RequestError
 from saddle.parsing.events import Done
 from saddle.protocol import FinishReason, Usage
 from saddle.server.replies import MAX_MESSAGE, JSONReply
@@ -44,6 +45,13 @@ def error_reply(
 ) -> JSONReply:
     more = {REQUEST_ID: request_id} if request_id else {}
     return JSONReply(error_fields(status, message, request_id), status_code=status, headers={**(headers or {}), **more})
+
+
+def message_of(error: RequestError) -> str:
+    """What a refusal says. Agents look for these very words to know that they must shorten their conversation."""
+    if isinstance(error, ContextTooLong) and error.num_tokens is not None:
+        return f"prompt is too long: {error.num_tokens} tokens > {error.limit} maximum"
+    return error.message
 
 
 # ---------------------------------------------------------------------------------------------------------------

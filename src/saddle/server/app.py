@@ -11,10 +11,12 @@ from starlette.responses import Response
 from saddle.config import ServerConfig
 from saddle.errors import RequestError
 from saddle.server import admin, openai, openai_text, responses_routes
+from saddle.server.anthropic_routes import anthropic_router
 from saddle.server.bodies import STREAMED, read, takes
+from saddle.server.error_shapes import error_for, refusal_for
 from saddle.server.gate import Gate
 from saddle.server.openai_parts import TokenNames
-from saddle.server.replies import JSONReply, error_reply, request_error_reply, sanitised
+from saddle.server.replies import JSONReply, sanitised
 from saddle.server.service import Service
 from saddle.server.sse import ClientGone, EventStream, GenerationFailed, unless_gone, whole
 from saddle.server.wire_openai import ChatBody, CompletionBody
@@ -28,6 +30,7 @@ def build_app(service: Service, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="Saddle", version=VERSION, redoc_url=None)
     app.include_router(admin.router(service))
     app.include_router(openai_router(service))
+    app.include_router(anthropic_router(service))
     app.include_router(responses_routes.router(service))
     app.add_middleware(Gate, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     if config.allowed_origins:
@@ -72,18 +75,18 @@ def openai_router(service: Service) -> APIRouter:
 def _add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return request_error_reply(error)
+        return refusal_for(request.scope, error)
 
     @app.exception_handler(GenerationFailed)
     async def failed(request: Request, error: GenerationFailed) -> Response:
-        return error_reply(500, sanitised(str(error)))
+        return error_for(request.scope, 500, sanitised(str(error)))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path[:200]}: {message}."
-        return error_reply(error.status_code, message, headers=error.headers)
+        return error_for(request.scope, error.status_code, message, headers=error.headers)
 
     @app.exception_handler(ClientGone)
     @app.exception_handler(ClientDisconnect)
@@ -92,4 +95,4 @@ def _add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return error_reply(500, "The server failed on this request; its log has the details.")
+        return error_for(request.scope, 500, "The server failed on this request; its log has the details.")

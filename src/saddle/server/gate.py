@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saddle.errors import RequestError
-from saddle.server.replies import error_reply
+from saddle.server.error_shapes import error_for, path_of
 
 GUARDED = ("/v1", "/tokenize", "/detokenize")
 SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -49,18 +49,18 @@ class Gate:
             await send(message)
 
         if self._keys and scope["method"] != "OPTIONS" and self._is_guarded(scope) and not self._knows(headers):
-            reply = error_reply(401, "A valid API key is required, as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
-                                headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+            message = "A valid API key is required, as `Authorization: Bearer KEY` or `x-api-key: KEY`."
+            reply = error_for(scope, 401, message, headers={"WWW-Authenticate": "Bearer"})
             await reply(scope, receive, send_with_id)
             return
         length = headers.get("content-length", "")
         if length.isdigit() and int(length) > self._max_body:
-            await error_reply(413, self._too_large())(scope, receive, send_with_id)
+            await error_for(scope, 413, self._too_large())(scope, receive, send_with_id)
             return
         await self._app(scope, receive if length.isdigit() else self._limited(receive), send_with_id)
 
     def _is_guarded(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         return any(path == prefix or path.startswith(prefix + "/") for prefix in GUARDED)
 
     def _knows(self, headers: Headers) -> bool:

@@ -69,6 +69,7 @@ class Choice:
     queued_s: float = 0.0
     prefill_s: float = 0.0
     num_tokens: int = 0
+    num_cached: int = 0
     done: bool = False
 
     @property
@@ -91,6 +92,11 @@ class Generation:
     @property
     def num_choices(self) -> int:
         return len(self._choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the first prompt that came from the prefix cache, known with its first output."""
+        return self._choices[0].num_cached
 
     async def submit(self, params: list[SamplingParams]) -> None:
         """Hand every choice to the engine; all or none are taken."""
@@ -243,6 +249,7 @@ class Generation:
             choice.first_s = now
             metrics.ttft.observe(now - self._arrival_s)
             choice.queued_s, choice.prefill_s = delta.queued_s or 0.0, delta.prefill_s or 0.0
+            choice.num_cached = delta.num_cached_tokens
         else:
             metrics.itl.observe((now - choice.last_s) / count, count)
         choice.last_s = now

@@ -13,8 +13,6 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from saddle.errors import RequestError
-
 KINDS = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -58,11 +56,6 @@ def error_reply(
     status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONReply:
     return JSONReply(error_fields(status, message, param), status_code=status, headers=dict(headers or {}))
-
-
-def request_error_reply(error: RequestError) -> JSONReply:
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
-    return error_reply(error.status, error.message, error.param, headers)
 
 
 def validation_message(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:

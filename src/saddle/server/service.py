@@ -189,6 +189,8 @@ class Service:
                 "input tokens, which exceeds this limit even without any output tokens. Please reduce the length of "
                 "the input prompt.",
                 param="input_tokens",
+                num_tokens=len(ids),
+                limit=longest,
             )
         return params.within(longest - len(ids))
 

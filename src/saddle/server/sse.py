@@ -96,11 +96,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, encoder: StreamEncoder, keep_alive_s: float) -> None:
+    def __init__(
+        self, generation: Generation, encoder: StreamEncoder, keep_alive_s: float, keep_alive: bytes = KEEP_ALIVE
+    ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._generation, self._encoder = generation, encoder
         self._keep_alive_s = keep_alive_s if keep_alive_s > 0 else None
+        self._keep_alive = keep_alive
         self._last_write_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,7 +139,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Return when the client is gone; until then write a comment whenever nothing was written for a while."""
+        """Return when the client is gone; until then write a sign of life whenever nothing was written for a while."""
         gone = asyncio.ensure_future(_gone(receive))
         pause = self._keep_alive_s
         try:
@@ -146,7 +149,7 @@ class EventStream(Response):
                     continue
                 pause = self._last_write_s + self._keep_alive_s - time.monotonic()
                 if pause <= 0:
-                    await self._send(send, KEEP_ALIVE)
+                    await self._send(send, self._keep_alive)
                     pause = self._keep_alive_s
         finally:
             gone.cancel()
