@@ -24,11 +24,11 @@ GROUP = 128  # columns that share an activation scale
 
 
 @triton.jit
-def _norm_kernel(
+def _norm_kernel(  # type: ignore[no-untyped-def]
     x, parts, part_stride, part_token_stride, index, table, weight, eps, out, scales,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, NUM_PARTS: tl.constexpr, EMBED: tl.constexpr, GATHER: tl.constexpr,
     WRITE_X: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One token: x [T, WIDTH] float32, out [T or S, WIDTH], scales [T, WIDTH / 128]; GROUPS = WIDTH / 128 rounded up
     to a power of two. `index`: token ids (EMBED) or tokens to serve (GATHER)."""
     target = tl.program_id(0).to(tl.int64)

@@ -37,8 +37,8 @@ def _piece(base, heads, START: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.con
 
 
 @triton.jit
-def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, static, HEADS: tl.constexpr,
-              CHUNK: tl.constexpr, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, static, HEADS: tl.constexpr,  # type: ignore[no-untyped-def]
+              CHUNK: tl.constexpr, SCALES: tl.constexpr):  # fmt: skip
     """Store one token's keys (plane 0) or values (plane 1) of all heads, given as the three pieces."""
     inside = heads < HEADS
     where = (block * 2 + plane) * HEADS + heads
@@ -63,11 +63,11 @@ def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, stat
 
 
 @triton.jit
-def _qk_rope_kernel(
+def _qk_rope_kernel(  # type: ignore[no-untyped-def]
     qkv, q_norm, k_norm, eps, cos_table, sin_table, positions, slots, kv, scales, k_scale, v_scale, q_out, query_scale,
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_UP: tl.constexpr,
     CHUNK: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     if PDL > 0:
         gdc_wait()
