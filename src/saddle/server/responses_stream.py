@@ -56,7 +56,6 @@ class Answer:
         fixed: fields of the response that are known from the beginning.
         seal: makes `encrypted_content`, None where nobody asked for it.
         summary: thinking goes under `summary`.
-        one_call: calls after the first one are not sent.
         frames: whether anybody reads server-sent events.
         queued: begins as "queued", and is in progress with its first event.
         on_end: called once, before the last frame is out.
@@ -71,14 +70,13 @@ class Answer:
         *,
         seal: Seal | None = None,
         summary: bool = False,
-        one_call: bool = False,
         frames: bool = False,
         queued: bool = False,
         on_end: Callable[[Answer], None] | None = None,
         prompt_ids: list[int] | None = None,
     ) -> None:
         self.id, self._key, self._seal = response_id, key, seal
-        self._summary, self._one_call, self._writes = summary, one_call, frames
+        self._summary, self._writes = summary, frames
         self._on_end = on_end
         self._prompt_ids, self._token_ids = prompt_ids, list[int]()
         self._fixed = encode_json(fixed)[1:]
@@ -142,15 +140,14 @@ class Answer:
         elif isinstance(event, Failed):
             self._usage = event.usage
             self._fail(event.message)
-        elif not (self._one_call and event.index > 0):
-            if isinstance(event, ToolStart):
-                self._close("completed")
-                self._begin_call(event)
-            elif isinstance(event, ToolArgs):
-                self._grow(event.fragment)
-            else:
-                assert isinstance(event, ToolEnd)
-                self._close("completed")
+        elif isinstance(event, ToolStart):
+            self._close("completed")
+            self._begin_call(event)
+        elif isinstance(event, ToolArgs):
+            self._grow(event.fragment)
+        else:
+            assert isinstance(event, ToolEnd)
+            self._close("completed")
 
     # items --------------------------------------------------------------------------------------------------------
 
@@ -186,8 +183,7 @@ class Answer:
 
     def _grow(self, text: str) -> None:
         item = self._open
-        if item is None:
-            return  # of a call that was closed
+        assert item is not None
         item.parts.append(text)
         if self._writes:
             self._frames.append(b'%b%d,"delta":%b}\n\n' % (item.head, self._sequence, encode_json(text)))
