@@ -23,6 +23,8 @@ from saddle.model.config import GenerationConfig
 from saddle.model.source import resolve_model
 
 if TYPE_CHECKING:
+    from saddle.grammar.backend import XGrammarBackend
+    from saddle.grammar.deferred import DeferredBackend
     from saddle.parsing.render import Renderer
     from saddle.parsing.replay import ReplayStore
     from saddle.parsing.tokenizer import Tokenizer
@@ -36,8 +38,13 @@ def demo_model_path() -> Path:
     return Path(__file__).parent / "demo_model"
 
 
-def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> tuple[EngineCore, DeviceInfo]:
+def build_core(
+    config: EngineConfig, folder: Path, on_progress: ProgressFn, *, with_grammars: bool = False
+) -> tuple[EngineCore, DeviceInfo]:
     """Load the model of `folder` and return a core that takes requests, with what was found on the way.
+
+    Args:
+        with_grammars: offer structured output. Starts processes later, which an interactive caller may not want.
 
     Raises:
         StartupError: it cannot start on this machine; the message says what would.
@@ -47,8 +54,8 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
     from saddle.runner.runner import Runner
 
     # Rows of the embedding that no token has are padding and must never be sampled.
-    num_valid = Tokenizer.load(tokenizer_folder(config, folder)).vocab_size
-    executor = InprocExecutor(Runner(config, folder, num_valid))
+    tokenizer = Tokenizer.load(tokenizer_folder(config, folder))
+    executor = InprocExecutor(Runner(config, folder, tokenizer.vocab_size))
     info = executor.start(on_progress)
     limits = Limits(
         num_blocks=info.num_blocks,
@@ -61,8 +68,21 @@ def build_core(config: EngineConfig, folder: Path, on_progress: ProgressFn) -> t
         enable_prefix_caching=config.cache.enable_prefix_caching,
         max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
     )
-    scheduler = Scheduler(limits, GenerationConfig.load(folder).eos_ids)
-    return EngineCore(executor, scheduler, info.plans_in_flight), info
+    eos_ids = GenerationConfig.load(folder).eos_ids
+    grammar = build_grammar(tokenizer, info.vocab_size, eos_ids) if with_grammars else None
+    return EngineCore(executor, Scheduler(limits, eos_ids), info.plans_in_flight, grammar), info
+
+
+def build_grammar(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> DeferredBackend:
+    """Structured output for an engine; loads nothing yet."""
+    from saddle.grammar.deferred import DeferredBackend
+
+    def make() -> XGrammarBackend:
+        from saddle.grammar.backend import XGrammarBackend
+
+        return XGrammarBackend(tokenizer, vocab_size, eos_ids)
+
+    return DeferredBackend(make)
 
 
 def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:
@@ -127,7 +147,7 @@ def serve(engine: EngineConfig, server: ServerConfig, build: BuildCore | None = 
     sock = http.listen(server)
 
     async def main() -> int:
-        client = await EngineClient.start(build or functools.partial(build_core, engine, folder))
+        client = await EngineClient.start(build or functools.partial(build_core, engine, folder, with_grammars=True))
         metrics = Metrics(names[0], vllm_names=server.vllm_metric_names)
         service = Service(client, tokenizer, renderer, replay, server, metrics, model_names=names, defaults=defaults)
         return await http.serve(build_app(service, server), service, client, server, sock)

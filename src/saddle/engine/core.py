@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 class GrammarBackend(Protocol):
     """What the core needs of structured output. States are opaque to it, one for each request.
 
-    A state begins before the first generated token. While the grammar does not bind yet (the model thinks), `fill`
-    gives all ones; `accept` sees every generated id, so the backend itself finds `GrammarSpec.after_token_id`.
+    A state begins before the first generated token. While the model thinks the grammar does not bind yet; `accept`
+    sees every generated id, so the backend itself finds `GrammarSpec.after_token_id`.
     """
 
     def compile(self, spec: GrammarSpec) -> Future[Any]:
@@ -53,6 +53,9 @@ class GrammarBackend(Protocol):
 
     def accept(self, state: Any, token_id: int) -> None:
         """Advance by one generated id. Raises ValueError if the grammar does not allow it."""
+
+    def close(self) -> None:
+        """End its threads and processes. Safe to call twice."""
 
 
 class EngineCore:
@@ -163,8 +166,10 @@ class EngineCore:
         return deltas
 
     def stop(self) -> None:
-        """Stop the executor. Safe to call twice."""
+        """Stop the executor and the grammar backend. Safe to call twice."""
         self._executor.stop()
+        if self._grammar is not None:
+            self._grammar.close()
 
     def check(self) -> None:
         """Raise AssertionError unless every block and row is accounted for."""

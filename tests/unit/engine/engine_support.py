@@ -181,6 +181,10 @@ class EvenGrammar:
         self.slow: list[tuple[Future[Any], GrammarSpec]] = []
         self.accepted: dict[int, list[int]] = {}
         self.num_fills = 0
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def compile(self, spec: GrammarSpec) -> Future[Any]:
         future: Future[Any] = Future()

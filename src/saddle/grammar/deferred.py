@@ -1,0 +1,101 @@
+"""Structured output that gets ready in its own thread: loading the compiler must not delay the first token.
+
+The compiler takes a second or two to import and to learn the vocabulary, and most requests need none of it. So it is
+made when the first request with a grammar comes, or a while after the start, whichever is first; such a request waits
+for it, all others never do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Any, Protocol
+
+from saddle.protocol import GrammarSpec
+
+PREPARE_AFTER_S = 5.0
+
+
+class Backend(Protocol):
+    """What is made later: see `engine.core.GrammarBackend`."""
+
+    def compile(self, spec: GrammarSpec) -> Future[Any]: ...
+
+    def fill(self, state: Any) -> bytes: ...
+
+    def accept(self, state: Any, token_id: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DeferredBackend:
+    """Stands for a backend that `make` builds, in a thread.
+
+    Args:
+        make: builds it; called at most once.
+        after_s: seconds after which it is built although nobody asked for it.
+    """
+
+    def __init__(self, make: Callable[[], Backend], after_s: float = PREPARE_AFTER_S) -> None:
+        self._make, self._after_s = make, after_s
+        self._wanted = threading.Event()
+        self._closed = False
+        self._made: Future[Backend] = Future()
+        self._thread = threading.Thread(target=self._run, name="grammar-start", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._wanted.wait(self._after_s)
+        if self._closed:
+            self._made.cancel()
+            return
+        try:
+            self._made.set_result(self._make())
+        except BaseException as error:  # whoever waits for it must hear of it
+            self._made.set_exception(error)
+
+    def compile(self, spec: GrammarSpec) -> Future[Any]:
+        """As `XGrammarBackend.compile`, but what that raises comes by the future while the backend is being made."""
+        self._wanted.set()
+        if self._made.done():
+            return self._made.result().compile(spec)
+        state: Future[Any] = Future()
+
+        def hand_over(compiled: Future[Any]) -> None:
+            with suppress(InvalidStateError):  # the request may have been given up meanwhile
+                if compiled.cancelled():
+                    state.cancel()
+                elif (error := compiled.exception()) is not None:
+                    state.set_exception(error)
+                else:
+                    state.set_result(compiled.result())
+
+        def compile_now(made: Future[Backend]) -> None:
+            if made.cancelled() or made.exception() is not None:
+                hand_over(made)
+                return
+            try:
+                compiled = made.result().compile(spec)
+            except Exception as error:
+                compiled = Future()
+                compiled.set_exception(error)
+            compiled.add_done_callback(hand_over)
+
+        self._made.add_done_callback(compile_now)
+        return state
+
+    def fill(self, state: Any) -> bytes:
+        return self._made.result().fill(state)
+
+    def accept(self, state: Any, token_id: int) -> None:
+        self._made.result().accept(state, token_id)
+
+    def close(self) -> None:
+        """End it, made or not. Safe to call twice."""
+        self._closed = True
+        self._wanted.set()
+        self._thread.join()
+        if not self._made.cancelled() and self._made.exception() is None:
+            self._made.result().close()
