@@ -42,7 +42,40 @@ class Changes:
     num_cached: list[int]
 
 
-class Rows:
+class RowMirror:
+    """What the host knows of the rows, by row.
+
+    epochs      -1: no request yet
+    params, num_prompt
+    num_known   tokens computed when all steps built so far have run
+    num_blocks  length of the block table
+    """
+
+    def __init__(self, num_rows: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.epochs = [-1] * num_rows
+        self.params = [GREEDY] * num_rows
+        self.num_prompt = [0] * num_rows
+        self.num_known = [0] * num_rows
+        self.num_blocks = [0] * num_rows
+
+    def mirror(self, admit: RowAdmit) -> None:
+        """A row was given to a request."""
+        row = admit.row
+        self.epochs[row] = admit.epoch
+        self.params[row] = admit.params
+        self.num_prompt[row] = admit.num_prompt
+        self.num_known[row] = admit.num_computed
+        self.num_blocks[row] = len(admit.block_ids)
+
+    def check(self, work: list[RowWork]) -> None:
+        """Raise ValueError if the plan is for another request than the one in its row."""
+        for item in work:
+            if item.epoch != self.epochs[item.row]:
+                raise ValueError(f"row {item.row} is at epoch {self.epochs[item.row]}, the plan says {item.epoch}")
+
+
+class Rows(RowMirror):
     """State of `num_rows` rows of at most `max_len` tokens.
 
     token_ids     [rows, max_len + 1] int64   prompt and generated ids; the last column takes the id after the end
@@ -52,8 +85,7 @@ class Rows:
     top_k         [rows] int64                the vocabulary's size where it is off
     shaping       [rows, 3] float32           temperature, top_p, min_p
 
-    On the host, by row: `epochs`, `params`, `num_prompt`, and `num_known`, the tokens computed when all steps built
-    so far have run.
+    and the host's mirror of them.
     """
 
     def __init__(
@@ -62,8 +94,8 @@ class Rows:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
+        super().__init__(num_rows, block_size)
         self.device = device
-        self.block_size = block_size
         self.vocab_size = vocab_size
         self.token_ids = zeros(num_rows, max_len + 1)
         self.num_computed = zeros(num_rows)
@@ -71,11 +103,6 @@ class Rows:
         self.keys = zeros(num_rows, 2)
         self.top_k = zeros(num_rows)
         self.shaping = torch.ones(num_rows, 3, dtype=torch.float32, device=device)
-        self.epochs = [-1] * num_rows
-        self.params = [GREEDY] * num_rows
-        self.num_prompt = [0] * num_rows
-        self.num_known = [0] * num_rows
-        self._num_blocks = [0] * num_rows
 
     def admit(self, admit: RowAdmit) -> None:
         """Give a row to a request."""
@@ -89,11 +116,7 @@ class Rows:
         self.top_k[row] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         for column, value in enumerate((params.temperature, params.top_p, params.min_p)):
             self.shaping[row, column] = value
-        self.epochs[row] = admit.epoch
-        self.params[row] = params
-        self.num_prompt[row] = admit.num_prompt
-        self.num_known[row] = admit.num_computed
-        self._num_blocks[row] = num_blocks
+        self.mirror(admit)
 
     def begin(self, work: list[RowWork]) -> Changes:
         """Advance the host's mirror over a step, and say what has to change on the device.
@@ -101,18 +124,16 @@ class Rows:
         Raises:
             ValueError: the plan is for another request than the one in its row; nothing was changed.
         """
-        for item in work:
-            if item.epoch != self.epochs[item.row]:
-                raise ValueError(f"row {item.row} is at epoch {self.epochs[item.row]}, the plan says {item.epoch}")
+        self.check(work)
         changes = Changes([], [], [])
         width = self.block_tables.shape[1]
         for item in work:
             row = item.row
             if item.new_block_ids:
-                start = row * width + self._num_blocks[row]
+                start = row * width + self.num_blocks[row]
                 changes.table_index += range(start, start + len(item.new_block_ids))
                 changes.block_ids += item.new_block_ids
-                self._num_blocks[row] += len(item.new_block_ids)
+                self.num_blocks[row] += len(item.new_block_ids)
             self.num_known[row] += item.num_cached + item.num_tokens
         if any(item.num_cached for item in work):
             changes.num_cached = [item.num_cached for item in work]
