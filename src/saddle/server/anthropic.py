@@ -36,6 +36,7 @@ class AskedMessage:
 
     max_tokens   as asked; 0 warms the cache: one token is made, because an engine makes at least one, and not shown
     manages_context   `context_management` was given: the answer says that nothing of it was applied
+    continues   the last message is the beginning of the answer
     """
 
     job: Job
@@ -45,6 +46,7 @@ class AskedMessage:
     max_tokens: int
     max_model_len: int
     manages_context: bool
+    continues: bool
 
     @property
     def is_warming(self) -> bool:
@@ -110,6 +112,7 @@ def to_request(
         max_tokens=body.max_tokens,
         max_model_len=facts.max_model_len,
         manages_context=body.context_management is not None,
+        continues=asked.turns.ends_with_answer,
     )
     return message, asked
 
@@ -220,7 +223,7 @@ def to_response(asked: AskedMessage, events: list[Event], signer: Signer) -> byt
     """The body of an answer that is not streamed; `events` are all of them, ended by Done."""
     done = events[-1]
     assert isinstance(done, Done)
-    blocks = Blocks(asked.show, signer)
+    blocks = Blocks(asked.show, signer, asked.continues)
     parts = [] if asked.is_warming else [part for event in events for part in blocks.read(event)]
     body = {
         **head_of(asked),

@@ -1,7 +1,8 @@
 """Events -> the blocks of a message, part by part. A stream writes the parts, a whole message folds them: they agree.
 
 A block is opened by the first event of its kind and closed by the next of another kind; calls come one after the other.
-White space alone makes no block of text.
+White space alone makes no block of text, and the empty line that M2 writes behind its thinking is no part of the
+answer.
 """
 
 from __future__ import annotations
@@ -48,17 +49,19 @@ class Blocks:
 
     Args:
         show: whether the text of the thinking goes out, or its signature alone.
+        continues: the answer goes on with a text of the sender: its first newlines belong to it.
 
     Attributes:
         num_complete_calls: calls whose arguments are whole.
     """
 
-    def __init__(self, show: Show, signer: Signer) -> None:
+    def __init__(self, show: Show, signer: Signer, continues: bool = False) -> None:
         self._omits, self._signer = show == "omitted", signer
         self._open: Literal["text", "thinking", "tool_use"] | None = None
         self._num_blocks = 0
         self._thought: list[str] = []
         self._blank = ""
+        self._keeps_newlines = continues
         self.num_complete_calls = 0
 
     def read(self, event: Event) -> Iterator[Part]:
@@ -90,7 +93,8 @@ class Blocks:
             self._blank += text
             if self._blank.isspace():
                 return
-            text = self._blank
+            text = self._blank if self._keeps_newlines else self._blank.lstrip("\n")
+            self._keeps_newlines = True  # those of later blocks keep texts apart
             yield from self._begin("text", {"type": "text", "text": ""})
         yield Delta(self._num_blocks - 1, "text_delta", text)
 

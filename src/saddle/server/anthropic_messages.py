@@ -221,7 +221,7 @@ def text_of(block: Mapping[str, Any], where: str, turns: Turns) -> list[str]:
     if kind == "text":
         text = block.get("text")
         require(isinstance(text, str), f"{where}.text", "a string", text)
-        return [str(text)]
+        return [str(text)] if text else []
     if kind == "document":
         return [_document(block, where, turns)]
     if kind == "search_result":
@@ -316,7 +316,7 @@ def to_functions(tools: Sequence[Mapping[str, Any]]) -> OfferedTools:
         description, schema = tool.get("description"), tool.get("input_schema")
         require(description is None or isinstance(description, str), f"{where}.description", "a string", description)
         require(isinstance(schema, dict), f"{where}.input_schema", "a JSON schema (an object)", schema)
-        function = {"name": name, "description": description or "", "parameters": schema}
+        function = {"name": name, **({"description": description} if description else {}), "parameters": schema}
         if tool.get("strict") is True:
             function["strict"] = True
         found.functions.append(function)

@@ -46,7 +46,7 @@ class MessageStream:
     ) -> None:
         self._asked, self._request_id = asked, request_id
         self._num_prompt, self._num_cached = num_prompt, num_cached
-        self._blocks = Blocks(asked.show, signer)
+        self._blocks = Blocks(asked.show, signer, asked.continues)
         self._has_begun = self._is_whole = False
         self._latest: tuple[int, str] | None = None  # block and kind that `_head` is the beginning of
         self._head = b""
