@@ -183,8 +183,11 @@ def _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, 
     best = tl.full([16], -1e30, tl.float32)
     total = tl.zeros([16], tl.float32)
     result = tl.zeros([16, 128], tl.float32)
+    # Block ids are fetched one turn ahead: as a load inside the same turn they would take half of the stages.
+    block = tl.load(table + start)
     for index in tl.range(start, start + num_blocks, num_stages=STAGES):
-        plane = (tl.load(table + index).to(tl.int64) * (2 * KV_HEADS) + head) * 64
+        plane = (block.to(tl.int64) * (2 * KV_HEADS) + head) * 64
+        block = tl.load(table + tl.minimum(index + 1, start + num_blocks - 1))
         known = index * 64 + within < limit
         # What lies behind the context may be anything that a freed row left, NaN too: it must not be read.
         keys = tl.load(kv + plane * 128 + offsets, mask=known[:, None], other=0.0, eviction_policy="evict_first")
@@ -309,8 +312,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             queries = _normed_queries(base, q_norm, eps, query_scale, cos, sin, partner, head * GROUP, group, column,
                                       GROUP, HEADS * 128, Q_PIECE).to(WIDE)  # fmt: skip
         else:
-            place = (token * HEADS + head * GROUP + group)[:, None] * 128 + column[None, :]
-            queries = tl.load(source + place, mask=(group < GROUP)[:, None], other=0.0).to(WIDE)
+            mine = (token * HEADS + head * GROUP + group)[:, None] * 128 + column[None, :]
+            queries = tl.load(source + mine, mask=(group < GROUP)[:, None], other=0.0).to(WIDE)
         # Fused, the new token is counted from registers.
         best, total, result = _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks,
                                       context - FUSED, head, column, KV_HEADS, STAGES, CHUNK, SCALES)  # fmt: skip
