@@ -1,0 +1,347 @@
+"""Experts over packed weights: up (w1, w3, SwiGLU, FP8) and down (w2, times the routing weight), two launches.
+
+    act[pair] = silu(W1_e h) * (W3_e h);  out[pair] = weight[pair] * W2_e act[pair]      pair = (token, j), e its expert
+
+Work comes in units of one expert and some of its pairs (`router`). With few tokens an expert's weights are read once
+for up to 16 pairs and bytes decide: the weights are the product's rows. With many tokens arithmetic decides: the
+pairs are the rows. Grids are the most units a step can have; programs beyond the device's count end at once, so the
+host never waits. w1 and w3 are interleaved 8 rows by 8 (`tiles`): gate and up of a column meet in one thread. The
+math is that of `moe.experts`; the next norm adds a token's rows in the order of j, so bits do not depend on timing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from saddle.kernels.quant import Activation
+from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, MAX_FEW_TOKENS, RouterWork, max_units
+from saddle.kernels.target import Target
+from saddle.kernels.tile_dot import (
+    Block,
+    begin,
+    column_places,
+    fit,
+    launch_options,
+    matrix_constants,
+    quantised,
+    release,
+    row_places,
+    scale_place,
+    slot_place,
+    widen,
+)
+from saddle.kernels.tiles import Fp8Tiles, PackedMatrix
+
+
+@triton.jit
+def _unit(  # type: ignore[no-untyped-def]
+    ids, counts, lists, units, index, capacity, EXPERTS: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr
+):  # fmt: skip
+    """Expert of a unit (-1: no such unit), its pairs [BM], and which of them are real. ONE: a step of one token."""
+    m = tl.arange(0, BM)
+    if ONE:
+        expert = tl.load(ids + index)
+        real = m < 1
+        pair = tl.where(real, index, 0)
+    else:
+        code = tl.load(units + index)
+        known = index < tl.load(counts + EXPERTS)
+        expert = tl.where(known, code & 0xFFFF, -1)
+        place = (code >> 16) * BM + m
+        safe = tl.where(known, code & 0xFFFF, 0)
+        real = place < tl.where(known, tl.load(counts + safe), 0)
+        pair = tl.load(lists + safe.to(tl.int64) * capacity + place, mask=real, other=0)
+    return expert, pair, real
+
+
+@triton.jit
+def _swiglu(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[ROWS, COLUMNS] whose rows are 8 of gate, 8 of up, .. -> silu(gate) * up [ROWS / 2, COLUMNS]."""
+    pairs = product.reshape(ROWS // 16, 2, 8, COLUMNS).permute(0, 2, 3, 1)
+    gate, up = tl.split(pairs)
+    return (gate * tl.sigmoid(gate) * up).reshape(ROWS // 2, COLUMNS)
+
+
+@triton.jit
+def _swiglu_columns(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`_swiglu` of [ROWS, COLUMNS] whose columns alternate: [ROWS, COLUMNS / 2]."""
+    pairs = product.reshape(ROWS, COLUMNS // 16, 2, 8).permute(0, 1, 3, 2)
+    gate, up = tl.split(pairs)
+    return (gate * tl.sigmoid(gate) * up).reshape(ROWS, COLUMNS // 2)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _up_few_kernel(  # type: ignore[no-untyped-def]
+    h, h_scales, w, w_scales, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr, K: tl.constexpr,
+    SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, ONE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BN interleaved rows of w1 and w3 of a unit's expert, for its BM pairs: act [pairs, N / 2]."""
+    BLOCKS: tl.constexpr = N // BN
+    TILE_K: tl.constexpr = 64 // SIZE
+    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
+    SLOTS: tl.constexpr = K // SLOT_K
+    index = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    n = tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    begin(PDL)
+    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
+    if expert >= 0:
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
+        w_at = w + first * SLOT_VALUES + places
+        s_at = w_scales + first * (SLOT_BYTES // 4)
+        token = pair // TOP_K
+        h_at = h + token[None, :] * K + k[:, None]
+        total = tl.zeros([BN, BM], tl.float32)
+        for step in tl.range(0, K, BK, num_stages=STAGES):
+            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES), eviction_policy="evict_first")
+            numbers = tl.load(h_at + step)
+            at = s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K)
+            scale = tl.where(n % 16 < 8, tl.load(at), tl.load(at + 1))
+            if A8:
+                shares = tl.load(h_scales + token * (K // 128) + step // 128)
+                total += tl.dot(weights, numbers) * shares[None, :] * scale[:, None]
+            else:
+                total += tl.dot(widen(weights), numbers) * scale[:, None]
+        release(PDL)
+        active = _swiglu(total, BN, BM)
+        row = block * (BN // 2) + tl.arange(0, BN // 2)
+        at = pair.to(tl.int64)[None, :] * (N // 2) + row[:, None]
+        if A8:
+            share, numbers = quantised(active, 0, act.dtype.element_ty)
+            tl.store(act + at, numbers, mask=real[None, :] & (row >= 0)[:, None])
+            tl.store(act_scales + pair * (N // BN) + block, share, mask=real)
+        else:
+            tl.store(act + at, active.to(act.dtype.element_ty), mask=real[None, :] & (row >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _down_few_kernel(  # type: ignore[no-untyped-def]
+    act, act_scales, w, w_scales, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
+    K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    ONE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BN rows of w2 of a unit's expert, for its BM pairs: out [pairs, N], weighted."""
+    BLOCKS: tl.constexpr = N // BN
+    TILE_K: tl.constexpr = 64 // SIZE
+    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
+    SLOTS: tl.constexpr = K // SLOT_K
+    index = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    n = tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    begin(PDL)
+    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
+    if expert >= 0:
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
+        w_at = w + first * SLOT_VALUES + places
+        s_at = w_scales + first * (SLOT_BYTES // 4)
+        a_at = act + pair.to(tl.int64)[None, :] * K + k[:, None]
+        weight = tl.load(shares_of + pair, mask=real, other=0.0)
+        total = tl.zeros([BN, BM], tl.float32)
+        for step in tl.range(0, K, BK, num_stages=STAGES):
+            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES), eviction_policy="evict_first")
+            numbers = tl.load(a_at + step)
+            scale = tl.load(s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K))
+            if A8:
+                shares = tl.load(act_scales + pair * (K // 128) + step // 128)
+                total += tl.dot(weights, numbers) * (shares * scale)[None, :]
+            else:
+                total += tl.dot(widen(weights), numbers) * scale
+        release(PDL)
+        row = block * BN + n
+        at = pair.to(tl.int64)[None, :] * N + row[:, None]
+        tl.store(out + at, (total * weight[None, :]).to(out.dtype.element_ty), mask=real[None, :] & (row >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _up_many_kernel(  # type: ignore[no-untyped-def]
+    h, h_scales, w, w_scales, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr, K: tl.constexpr,
+    SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_up_few_kernel` with the pairs as rows."""
+    BLOCKS: tl.constexpr = N // BN
+    TILE_K: tl.constexpr = 64 // SIZE
+    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
+    SLOTS: tl.constexpr = K // SLOT_K
+    index = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    n = tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    begin(PDL)
+    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, False)
+    if expert >= 0:
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
+        w_at = w + first * SLOT_VALUES + places
+        s_at = w_scales + first * (SLOT_BYTES // 4)
+        token = pair // TOP_K
+        h_at = h + token[:, None] * K + k[None, :]
+        total = tl.zeros([BM, BN], tl.float32)
+        for step in tl.range(0, K, BK, num_stages=STAGES):
+            numbers = tl.load(h_at + step)
+            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES))
+            at = s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K)
+            scale = tl.where(n % 16 < 8, tl.load(at), tl.load(at + 1))
+            if A8:
+                shares = tl.load(h_scales + token * (K // 128) + step // 128)
+                total += tl.dot(numbers, weights.T) * (shares[:, None] * scale[None, :])
+            else:
+                total += tl.dot(numbers, widen(weights).T) * scale[None, :]
+        release(PDL)
+        active = _swiglu_columns(total, BM, BN)
+        column = block * (BN // 2) + tl.arange(0, BN // 2)
+        at = pair.to(tl.int64)[:, None] * (N // 2) + column[None, :]
+        if A8:
+            share, numbers = quantised(active, 1, act.dtype.element_ty)
+            tl.store(act + at, numbers, mask=real[:, None] & (column >= 0)[None, :])
+            tl.store(act_scales + pair * (N // BN) + block, share, mask=real)
+        else:
+            tl.store(act + at, active.to(act.dtype.element_ty), mask=real[:, None] & (column >= 0)[None, :])
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _down_many_kernel(  # type: ignore[no-untyped-def]
+    act, act_scales, w, w_scales, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
+    K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_down_few_kernel` with the pairs as rows."""
+    BLOCKS: tl.constexpr = N // BN
+    TILE_K: tl.constexpr = 64 // SIZE
+    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
+    SLOTS: tl.constexpr = K // SLOT_K
+    index = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    n = tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    begin(PDL)
+    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, False)
+    if expert >= 0:
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
+        w_at = w + first * SLOT_VALUES + places
+        s_at = w_scales + first * (SLOT_BYTES // 4)
+        a_at = act + pair.to(tl.int64)[:, None] * K + k[None, :]
+        weight = tl.load(shares_of + pair, mask=real, other=0.0)
+        total = tl.zeros([BM, BN], tl.float32)
+        for step in tl.range(0, K, BK, num_stages=STAGES):
+            numbers = tl.load(a_at + step)
+            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES))
+            scale = tl.load(s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K))
+            if A8:
+                shares = tl.load(act_scales + pair * (K // 128) + step // 128)
+                total += tl.dot(numbers, weights.T) * (shares * scale)[:, None]
+            else:
+                total += tl.dot(numbers, widen(weights).T) * scale
+        release(PDL)
+        column = block * BN + n
+        at = pair.to(tl.int64)[:, None] * N + column[None, :]
+        values = (total * weight[:, None]).to(out.dtype.element_ty)
+        tl.store(out + at, values, mask=real[:, None] & (column >= 0)[None, :])
+
+
+def up_block(num_tokens: int, w13: PackedMatrix, target: Target) -> Block:
+    """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
+    size = 1 if target.has_fp8_dot else 2
+    if num_tokens > MAX_FEW_TOKENS:
+        return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w13, w13.num_rows, size, target)
+    return fit(Block(256, FEW_UNIT_TOKENS, 128, 4, 8), w13, w13.num_rows, size, target)
+
+
+def down_block(num_tokens: int, w2: PackedMatrix, target: Target) -> Block:
+    """Tiles of `down`."""
+    size = 1 if target.has_fp8_dot else 2
+    if num_tokens > MAX_FEW_TOKENS:
+        return fit(Block(128, MANY_UNIT_TOKENS, 128, 4, 8), w2, w2.num_rows, size, target)
+    return fit(Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8), w2, w2.num_rows, size, target)
+
+
+def pair_dtype(num_tokens: int) -> torch.dtype:
+    """Dtype of the pairs' rows: float32 where they are few, bf16 where writing and adding them takes time."""
+    return torch.float32 if num_tokens <= MAX_FEW_TOKENS else torch.bfloat16
+
+
+def experts(
+    h: Activation, w13: PackedMatrix, w2: PackedMatrix, work: RouterWork, act: Activation, out: torch.Tensor,
+    target: Target, pdl: int = 0,
+) -> None:  # fmt: skip
+    """The weighted output of every (token, expert) pair.
+
+    Args:
+        h: [T, H], from `router.route`.
+        w13: [E, 2 I, H], interleaved; w2: [E, H, I].
+        work: the routing of this step.
+        act: [T * top_k, I], scratch.
+        out: [T * top_k, H], bf16 or float32, written (rows of tokens that pad are not).
+
+    Raises:
+        ValueError: shapes or formats do not fit.
+    """
+    num_tokens = h.data.shape[0]
+    if num_tokens == 0:
+        return
+    _check(h, w13, w2, act, out, work)
+    blocks = up_block(num_tokens, w13, target), down_block(num_tokens, w2, target)
+    launch(h, w13, w2, work, act, out, blocks, pdl)
+
+
+def launch(
+    h: Activation, w13: PackedMatrix, w2: PackedMatrix, work: RouterWork, act: Activation, out: torch.Tensor,
+    blocks: tuple[Block, Block], pdl: int,
+) -> None:  # fmt: skip
+    """`experts` with given tiles."""
+    num_tokens, (up, down) = h.data.shape[0], blocks
+    units = max_units(num_tokens, work.num_experts, work.top_k, up.bm)
+    lists = (work.ids, work.counts, work.lists, work.units)
+    capacity, a8 = work.lists.shape[1], h.scale is not None
+    few: dict[str, bool] = {"ONE": num_tokens == 1} if num_tokens <= MAX_FEW_TOKENS else {}
+    (_up_few_kernel if few else _up_many_kernel)[(units * (w13.num_rows // up.bn),)](
+        h.data, h.scale, w13.values if a8 else w13.data, w13.scale_values, *lists, act.data, act.scale, capacity,
+        N=w13.num_rows, **matrix_constants(w13), EXPERTS=work.num_experts, TOP_K=work.top_k, A8=a8, BN=up.bn,
+        BM=up.bm, BK=up.bk, **few, STAGES=up.stages, PDL=pdl, **launch_options(up, pdl),
+    )  # fmt: skip
+    (_down_few_kernel if few else _down_many_kernel)[(units * (w2.num_rows // down.bn),)](
+        act.data, act.scale, w2.values if a8 else w2.data, w2.scale_values, *lists, work.weights, out, capacity,
+        N=w2.num_rows, **matrix_constants(w2), EXPERTS=work.num_experts, A8=a8, BN=down.bn, BM=down.bm, BK=down.bk,
+        **few, STAGES=down.stages, PDL=pdl, **launch_options(down, pdl),
+    )  # fmt: skip
+
+
+def reference(
+    h: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
+) -> torch.Tensor:
+    """The reference: weighted rows [T * k, H] float32 of every pair.
+
+    Args:
+        h: [T, H]; ids, weights: [T, k]; w13: [E, 2 I, H] values, rows of w1, then of w3; w2: [E, H, I] values.
+    """
+    rows = []
+    for token, (chosen, shares) in enumerate(zip(ids.tolist(), weights, strict=True)):
+        for expert, share in zip(chosen, shares, strict=True):
+            gate, up = (w13[expert].float() @ h[token].float()).chunk(2)
+            rows.append(share * (w2[expert].float() @ (torch.nn.functional.silu(gate) * up)))
+    return torch.stack(rows)
+
+
+def _check(
+    h: Activation, w13: PackedMatrix, w2: PackedMatrix, act: Activation, out: torch.Tensor, work: RouterWork
+) -> None:
+    if not (isinstance(w13.format, Fp8Tiles) and isinstance(w2.format, Fp8Tiles) and w13.interleaved):
+        raise ValueError("Experts need FP8 weights, w1 and w3 interleaved.")
+    if w13.num_rows % 256 or 2 * w2.num_cols != w13.num_rows or w2.num_rows != w13.num_cols:
+        shapes = f"w13 [{w13.num_rows}, {w13.num_cols}] and w2 [{w2.num_rows}, {w2.num_cols}]"
+        raise ValueError(f"w13 [2 I, H] and w2 [H, I] with I a multiple of 128 are needed, got {shapes}.")
+    pairs = h.data.shape[0] * work.top_k
+    if act.data.shape[0] < pairs or out.shape[0] < pairs:
+        raise ValueError(f"{pairs} pairs need as many rows, got {act.data.shape[0]} and {out.shape[0]}.")

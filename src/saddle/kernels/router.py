@@ -1,0 +1,340 @@
+"""Routing in two launches: residual, norm, logits, top-k, each expert's list of tokens, and the experts' input in FP8.
+
+    x += sum of parts;  h = x / sqrt(mean(x^2) + eps) * weight;  s = sigmoid(h Wg^T) in float32
+    E = top-k of s + bias, ties to the lower id;  w = s[E] / sum(s[E])
+
+The first kernel multiplies slices of the hidden size by the gate before the norm is known: the logits are linear in
+x, so 1 / rms joins in the second one. Products are float32 (three tf32 products for one): a rounded logit would
+choose other experts. The second kernel, one program a token, selects, lists and quantises. Above a number of tokens
+a third one puts the work units in the order of experts, so that an expert's units find its weights in the cache.
+
+A *pair* is token * top_k + j, the j-th expert of a token; its row in everything the experts write. A *unit* is
+expert | tile << 16: up to `unit_tokens` pairs of one expert, of its list's tile-th stretch. Rows with position -1 pad
+a batch: they enter no list. The order within a list depends on timing; no result does, because pairs are computed
+each on its own. The math is that of `moe.route`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from saddle.kernels.quant import Activation
+from saddle.kernels.target import Target
+from saddle.kernels.tile_dot import begin, quantised, release
+
+# Up to here the experts' kernels have the weights as the product's rows, see `experts`.
+MAX_FEW_TOKENS = 256
+FEW_UNIT_TOKENS = 16
+MANY_UNIT_TOKENS = 64
+
+
+@triton.jit(do_not_specialize=["num_tokens", "part_stride", "part_token_stride"])
+def _logits_kernel(  # type: ignore[no-untyped-def]
+    x, parts, part_stride, part_token_stride, weight, gate, x_out, logits, squares, counts, num_tokens,
+    NUM_PARTS: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SLICE: tl.constexpr, BK: tl.constexpr,
+    BE: tl.constexpr, BM: tl.constexpr, COUNTERS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A slice of SLICE columns: x_out = x + parts, logits [slices, T, EXPERTS] and squares [slices, T] shares."""
+    part = tl.program_id(0)
+    expert_block = tl.program_id(1)
+    row = tl.program_id(2) * BM + tl.arange(0, BM)
+    column = tl.arange(0, BK)
+    expert = expert_block * BE + tl.arange(0, BE)
+    real = expert < EXPERTS
+    inside = (row < num_tokens)[:, None] & (column >= 0)[None, :]
+    begin(PDL)
+    if (part == 0) & (expert_block == 0) & (tl.program_id(2) == 0):
+        counter = tl.arange(0, COUNTERS)
+        tl.store(counts + counter, tl.zeros([COUNTERS], tl.int32))
+    total = tl.zeros([BM, BE], tl.float32)
+    square = tl.zeros([BM], tl.float32)
+    token = row.to(tl.int64)
+    for step in tl.range(part * SLICE, part * SLICE + SLICE, BK, num_stages=STAGES):
+        place = token[:, None] * WIDTH + (step + column)[None, :]
+        values = tl.load(x + place, mask=inside, other=0.0)
+        for j in tl.static_range(NUM_PARTS):
+            at = parts + j * part_stride + token[:, None] * part_token_stride + (step + column)[None, :]
+            values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if expert_block == 0:
+            tl.store(x_out + place, values, mask=inside)
+        square += tl.sum(values * values, 1)
+        gained = values * tl.load(weight + step + column)[None, :]
+        rows = tl.load(gate + (step + column)[:, None] * EXPERTS + expert[None, :], mask=real[None, :], other=0.0)
+        total += tl.dot(gained, rows, input_precision="tf32x3")
+    release(PDL)
+    at = part * num_tokens + row
+    if expert_block == 0:
+        tl.store(squares + at, square, mask=row < num_tokens)
+    tl.store(logits + at[:, None] * EXPERTS + expert[None, :], total, mask=(row < num_tokens)[:, None] & real[None, :])
+
+
+@triton.jit
+def _mixed(value):  # type: ignore[no-untyped-def]
+    """lowbias32, the 32-bit finaliser of `runner.random`."""
+    value = (value ^ (value >> 16)) * 0x7FEB352D
+    value = (value ^ (value >> 15)) * 0x846CA68B
+    return value ^ (value >> 16)
+
+
+@triton.jit
+def _uniform_ids(position, token_id, layer, choice, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Distinct expert ids by a hash of where a token is: an odd step through a power of two visits each once."""
+    seed = layer.to(tl.uint32) * 0x9E3779B1
+    seed = seed ^ (position.to(tl.uint32) * 0x85EBCA6B) ^ (token_id.to(tl.uint32) * 0xC2B2AE35)
+    start = _mixed(seed)
+    step = ((_mixed(start) >> 1) & 127) * 2 + 1
+    return ((start + choice.to(tl.uint32) * step) % EXPERTS).to(tl.int32)
+
+
+@triton.jit
+def _top_k(scores, keys, expert, choice, TOP_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ids [len(choice)] of the TOP_K largest keys, equal ones in the order of ids."""
+    bits = keys.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    ranked = (ordered << 16) | (0xFFFF - expert).to(tl.int64)
+    chosen = tl.zeros_like(choice)
+    for j in tl.static_range(TOP_K):
+        best = tl.max(ranked, 0)
+        ranked = tl.where(ranked == best, -0x7FFFFFFFFFFFFFFF, ranked)
+        chosen = tl.where(choice == j, (0xFFFF - (best & 0xFFFF)).to(tl.int32), chosen)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["num_tokens", "layer", "capacity"])
+def _select_kernel(  # type: ignore[no-untyped-def]
+    x, x_out, logits, squares, weight, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, h,
+    h_scales, num_tokens, capacity, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SLICES: tl.constexpr,
+    SLICES_PADDED: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, COPY: tl.constexpr, LISTS: tl.constexpr,
+    A8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token. LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists."""
+    token = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    expert = tl.arange(0, EXPERTS_PADDED)
+    choice = tl.arange(0, CHOICES)
+    real = expert < EXPERTS
+    picked = choice < TOP_K
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = (group < WIDTH // 128)[:, None] & (column >= 0)
+    gain = tl.load(weight + column, mask=inside, other=0.0)
+    offset = tl.load(bias + expert, mask=real, other=0.0)
+    begin(PDL)
+    position = tl.load(positions + token)
+    at = token.to(tl.int64) * WIDTH + column
+    values = tl.load(x_out + at, mask=inside, other=0.0)
+    part = tl.arange(0, SLICES_PADDED)
+    square = tl.sum(tl.load(squares + part * num_tokens + token, mask=part < SLICES, other=0.0), 0)
+    inverse = tl.rsqrt(square / WIDTH + eps)
+    found = tl.zeros([EXPERTS_PADDED], tl.float32)
+    for j in tl.range(0, SLICES, loop_unroll_factor=8 if SLICES % 8 == 0 else 1):
+        found += tl.load(logits + (j * num_tokens + token) * EXPERTS + expert, mask=real, other=0.0)
+    release(PDL)
+    scores = tl.sigmoid(found * inverse)
+    if UNIFORM:
+        chosen = _uniform_ids(position, tl.load(token_ids + token), layer, choice, EXPERTS)
+    else:
+        chosen = _top_k(scores, tl.where(real, scores + offset, float("-inf")), expert, choice, TOP_K)
+    share = tl.where(picked, tl.gather(scores, chosen, 0), 0.0)
+    pair = token * TOP_K + choice
+    tl.store(weights + pair, share / tl.sum(share, 0), mask=picked)
+    tl.store(ids + pair, tl.where(position >= 0, chosen, -1), mask=picked)
+    if LISTS > 0:
+        listed = picked & (choice * 0 + position >= 0)
+        place = tl.atomic_add(counts + chosen, 1, mask=listed, sem="relaxed")
+        tl.store(lists + chosen * capacity + place, pair, mask=listed)
+        if LISTS == 1:
+            first = listed & (place % UNIT == 0)
+            unit = tl.atomic_add(counts + EXPERTS + choice * 0, 1, mask=first, sem="relaxed")
+            tl.store(units + unit, chosen | (place // UNIT << 16), mask=first)
+    normed = values * inverse * gain
+    if A8:
+        scale, numbers = quantised(normed, 1, h.dtype.element_ty)
+        tl.store(h + at, numbers, mask=inside)
+        tl.store(h_scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
+    else:
+        tl.store(h + at, normed.to(h.dtype.element_ty), mask=inside)
+    if COPY:
+        tl.store(x + at, values, mask=inside)
+
+
+@triton.jit
+def _units_kernel(  # type: ignore[no-untyped-def]
+    counts, units, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """The units of all experts in their order, and how many there are."""
+    expert = tl.arange(0, EXPERTS_PADDED)
+    begin(PDL)
+    count = tl.load(counts + expert, mask=expert < EXPERTS, other=0)
+    tiles = (count + UNIT - 1) // UNIT
+    ends = tl.cumsum(tiles, 0)
+    tl.store(counts + EXPERTS, tl.sum(tiles, 0))
+    for tile in range(tl.max(tiles, 0)):
+        tl.store(units + ends - tiles + tile, expert | (tile << 16), mask=tile < tiles)
+    release(PDL)
+
+
+@dataclass(frozen=True, slots=True)
+class Slicing:
+    """How `_logits_kernel` cuts its work: `num` slices of the hidden size, BE experts and BM tokens a program."""
+
+    num: int
+    be: int
+    bm: int
+    bk: int
+    warps: int
+
+
+def slicing(num_tokens: int, width: int, num_experts: int) -> Slicing:
+    """Few tokens want programs (slices), many want few partial sums. Found on an H100 up to 128 tokens."""
+    padded = triton.next_power_of_2(num_experts)
+    if num_tokens < 64:
+        wanted, be, bm, warps = 64, 64, 16, 4
+    elif num_tokens <= 64:
+        wanted, be, bm, warps = 64, 128, 32, 4
+    elif num_tokens <= 128:
+        wanted, be, bm, warps = 32, padded, 16, 4
+    elif num_tokens <= 1024:
+        wanted, be, bm, warps = 512, padded, 32, 8
+    else:
+        wanted, be, bm, warps = 1536, padded, 64, 8
+    bk = 32 if num_tokens > 64 else 64
+    columns = wanted
+    while width % columns or columns % bk:
+        columns -= bk
+    return Slicing(width // columns, min(padded, be), bm, bk, warps)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWork:
+    """Memory of the routing of one step, and its result.
+
+    ids       [max_tokens * top_k] int32, -1 for tokens that pad
+    weights   [max_tokens * top_k] float32
+    counts    [E + 1, padded] int32: pairs of each expert, then the number of units
+    lists     [E, max_tokens] int32: pairs of each expert
+    units     [max units] int32
+    logits, squares, x   scratch of the first kernel
+    """
+
+    top_k: int
+    ids: torch.Tensor
+    weights: torch.Tensor
+    counts: torch.Tensor
+    lists: torch.Tensor
+    units: torch.Tensor
+    logits: torch.Tensor
+    squares: torch.Tensor
+    x: torch.Tensor
+
+    @staticmethod
+    def shapes(
+        max_tokens: int, width: int, num_experts: int, top_k: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor."""
+        sizes = {min(max_tokens, size) for size in (1, 63, 64, 128, 1024, max_tokens)}
+        slices = {size: slicing(size, width, num_experts).num * size for size in sizes}
+        return {
+            "ids": ((max_tokens * top_k,), torch.int32),
+            "weights": ((max_tokens * top_k,), torch.float32),
+            "counts": ((triton.next_power_of_2(num_experts + 1),), torch.int32),
+            "lists": ((num_experts, max_tokens), torch.int32),
+            "units": ((max_units(max_tokens, num_experts, top_k, FEW_UNIT_TOKENS),), torch.int32),
+            "logits": ((max(slices.values()) * num_experts,), torch.float32),
+            "squares": ((max(slices.values()),), torch.float32),
+            "x": ((min(max_tokens, 64), width), torch.float32),
+        }
+
+    @classmethod
+    def allocate(
+        cls, max_tokens: int, width: int, num_experts: int, top_k: int, device: torch.device | str
+    ) -> RouterWork:
+        shapes = cls.shapes(max_tokens, width, num_experts, top_k)
+        made = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+        return cls(top_k, **made)
+
+    @classmethod
+    def bytes_for(cls, max_tokens: int, width: int, num_experts: int, top_k: int) -> int:
+        """Bytes of `allocate`."""
+        shapes = cls.shapes(max_tokens, width, num_experts, top_k).values()
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.ids, self.weights, self.counts, self.lists, self.units, self.logits, self.squares, self.x)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def num_experts(self) -> int:
+        return self.lists.shape[0]
+
+
+def max_units(num_tokens: int, num_experts: int, top_k: int, unit_tokens: int) -> int:
+    """Most units that a step of so many tokens can have: known without looking at the device."""
+    pairs = num_tokens * top_k
+    return min(pairs, min(num_experts, pairs) + pairs // unit_tokens)
+
+
+def unit_tokens(num_tokens: int) -> int:
+    """Pairs that one unit of a step of so many tokens holds at most."""
+    return FEW_UNIT_TOKENS if num_tokens <= MAX_FEW_TOKENS else MANY_UNIT_TOKENS
+
+
+def route(
+    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, gate: torch.Tensor,
+    bias: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool,
+    work: RouterWork, h: Activation, target: Target, pdl: int = 0,
+) -> None:  # fmt: skip
+    """Add the parts to x, choose experts, list them and quantise their input.
+
+    Args:
+        x: [T, H] float32, changed.
+        parts: [P, T, H] float32 or bf16, any strides but the last.
+        weight: [H] float32, of the norm.
+        gate: [H, E] float32; bias: [E] float32.
+        positions: [T] int32, -1 for a row that pads; token_ids: [T] int32.
+        layer, uniform: uniform chooses ids by a hash of (layer, position, token id) instead of the scores, whose
+            weights it takes; E a power of two.
+        h: [T, H], written.
+
+    Raises:
+        ValueError: the step is larger than the work's memory, or uniform routing of a number that is no power of two.
+    """
+    num_tokens, width = x.shape
+    num_experts, top_k = work.num_experts, work.top_k
+    if num_tokens == 0:
+        return
+    if num_tokens * top_k > len(work.ids):
+        raise ValueError(f"The routing's memory is for {len(work.ids) // top_k} tokens, got {num_tokens}.")
+    if uniform and num_experts & (num_experts - 1):
+        raise ValueError(f"Uniform routing needs a power of two of experts, got {num_experts}.")
+    cut = slicing(num_tokens, width, num_experts)
+    padded = triton.next_power_of_2(num_experts)
+    # Several programs read a slice of x, one for each block of experts: they may not see it half changed.
+    copy = padded > cut.be
+    x_out = work.x if copy else x
+    options = {"launch_pdl": True} if pdl else {}
+    _logits_kernel[(cut.num, padded // cut.be, triton.cdiv(num_tokens, cut.bm))](
+        x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1),
+        weight, gate, x_out, work.logits, work.squares, work.counts, num_tokens,
+        NUM_PARTS=0 if parts is None else len(parts), WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num,
+        BK=cut.bk, BE=cut.be, BM=cut.bm, COUNTERS=len(work.counts), STAGES=2, PDL=pdl, num_warps=cut.warps, **options,
+    )  # fmt: skip
+    few = num_tokens <= MAX_FEW_TOKENS
+    _select_kernel[(num_tokens,)](
+        x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
+        work.counts, work.lists, work.units, h.data, h.scale, num_tokens, work.lists.shape[1], WIDTH=width,
+        GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts, EXPERTS_PADDED=padded, TOP_K=top_k,
+        CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num, SLICES_PADDED=triton.next_power_of_2(cut.num),
+        UNIT=unit_tokens(num_tokens), UNIFORM=uniform, COPY=copy, LISTS=0 if num_tokens == 1 else 1 if few else 2,
+        A8=h.scale is not None, PDL=pdl, num_warps=4, **options,
+    )  # fmt: skip
+    if not few:
+        _units_kernel[(1,)](
+            work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded, UNIT=unit_tokens(num_tokens),
+            PDL=pdl, num_warps=4, **options,
+        )  # fmt: skip
