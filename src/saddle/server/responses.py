@@ -7,6 +7,7 @@ this response alone. Tools and items of kinds that M2 cannot use are left out, a
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from saddle.errors import InvalidRequest
 from saddle.grammar import spec
 from saddle.protocol import GrammarSpec, SamplingParams
-from saddle.server.constraints import Choice, check_sampling, chosen, combined
+from saddle.server.constraints import check_sampling, chosen, combined
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import now
 from saddle.server.responses_items import Item, Reader, Seal, as_items
@@ -71,10 +72,17 @@ class AskedResponse:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The tools of a request. `functions` are in the shape of the chat template, `named` with what grammars need."""
+    """The tools of a request.
+
+    functions   in the shape of the chat template
+    named   the same with what grammars need
+    places   where each of them is among the tools of the request
+    ignored   kinds of the tools that are no functions
+    """
 
     functions: list[dict[str, Any]]
     named: list[dict[str, Any]]
+    places: list[int]
     ignored: list[str]
 
 
@@ -239,7 +247,7 @@ def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer
 
 def _offer(tools: list[dict[str, Any]]) -> Offer:
     """Function tools, and the kinds of the others."""
-    functions, named, ignored = [], [], list[str]()
+    functions, named, places, ignored = [], [], [], list[str]()
     for number, tool in enumerate(tools):
         where, kind = f"tools.{number}", tool.get("type", "function")
         if not isinstance(kind, str):
@@ -261,29 +269,43 @@ def _offer(tools: list[dict[str, Any]]) -> Offer:
         shown = {field: value for field, value in function.items() if value is not None}
         functions.append({"type": "function", "function": shown})
         named.append({**function, "strict": given.get("strict") is True})
-    return Offer(functions, named, ignored)
+        places.append(number)
+    return Offer(functions, named, places, ignored)
 
 
 def _grammar(body: ResponsesBody, offer: Offer, facts: Facts) -> tuple[GrammarSpec | None, bool]:
     """(what constrains the answer and its calls, whether calls are muted)."""
     answer, choice = _format(None if body.text is None else body.text.format), body.tool_choice
     parallel, tokenizer = body.parallel_tool_calls is not False, facts.tokenizer
+    tools, places, mode = offer.named, offer.places, None
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        tools, mode = _allowed(choice, offer), choice.get("mode", "auto")
-        _one_of("tool_choice.mode", mode if isinstance(mode, str) else str(mode), ("auto", "required"))
-        if mode == "auto" and answer is None:
+        numbers, mode = _allowed(choice, offer)
+        tools, places = [tools[number] for number in numbers], [places[number] for number in numbers]
+        choice = mode
+    elif choice == "auto":
+        choice = None  # without tools too, as of a client whose tools were all of other kinds
+    wanted = chosen(choice, tools)
+    try:
+        if mode == "auto" and answer is None:  # which calls may be made is to be constrained, strict or not
             return spec.tool_grammar(tools, "auto", tokenizer, parallel=parallel), False
-        wanted = Choice("required") if mode == "required" else Choice("auto")
-        return combined(answer, tools, wanted, tokenizer, parallel=parallel), False
-    if choice == "auto":
-        choice = None  # also without tools, as of a client whose tools were all of other kinds
-    wanted = chosen(choice, offer.named)
-    return combined(answer, offer.named, wanted, tokenizer, parallel=parallel), wanted.kind == "none"
+        return combined(answer, tools, wanted, tokenizer, parallel=parallel), wanted.kind == "none"
+    except InvalidRequest as error:
+        raise _renumbered(error, places) from None
 
 
-def _allowed(choice: Mapping[str, Any], offer: Offer) -> list[dict[str, Any]]:
-    """The tools that `allowed_tools` leaves; the prompt keeps all, so that its cache holds."""
-    param, given = "tool_choice.tools", choice.get("tools")
+def _renumbered(error: InvalidRequest, places: list[int]) -> InvalidRequest:
+    """An error about a tool, with the number that the sender knows it by."""
+    found = re.match(r"tools\.(\d+)", error.param or "")
+    if found is None:
+        return error
+    there, here = found[0], f"tools.{places[int(found[1])]}"
+    return InvalidRequest(error.message.replace(there, here), here + str(error.param)[len(there) :])
+
+
+def _allowed(choice: Mapping[str, Any], offer: Offer) -> tuple[list[int], str]:
+    """(numbers of the tools that `allowed_tools` leaves, its mode); the prompt keeps all, so that its cache holds."""
+    param, given, mode = "tool_choice.tools", choice.get("tools"), choice.get("mode", "auto")
+    _one_of("tool_choice.mode", str(mode), ("auto", "required"))
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise InvalidRequest(f"{param} must be a list of tools.", param)
     names = [tool.get("name") for tool in given if tool.get("type", "function") == "function"]
@@ -293,7 +315,7 @@ def _allowed(choice: Mapping[str, Any], offer: Offer) -> list[dict[str, Any]]:
             raise InvalidRequest(f"{param} names {name!r}, which is not among tools.", param)
     if not names:
         raise InvalidRequest(f"{param} must name at least one function of tools.", param)
-    return [function for function in offer.named if function["name"] in names]
+    return [number for number, name in enumerate(known) if name in names], str(mode)
 
 
 def _format(form: Any) -> GrammarSpec | None:
