@@ -1,0 +1,216 @@
+"""Causal attention of prompts over paged memory: any number of new tokens a row, behind any context.
+
+The new tokens of all prompt rows are cut into tiles of BM / G consecutive tokens of one row times the G query heads
+of a KV head (G = 6: 21 tokens, 126 of 128 tile rows): a tile's heads share every key and value it loads, and few new
+tokens still fill a tile. Programs find their tile from `query_starts` on the device; the grid is a bound that the
+number of tokens and rows gives, so nothing waits for the host. The last tiles of a row, which see the longest
+context, start first.
+
+The loop over keys is the usual online softmax (FlashAttention 2) with exp2. Keys that every token of the tile sees
+are computed without a mask; the few that only some see come last, with one. `qk_rope` ran before: keys and values of
+this step are in memory, and queries carry the softmax's factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from saddle.kernels.paged_kv import BLOCK_SIZE, CHUNK_BYTES, HEAD_DIM, KVLayer, swizzled
+
+if TYPE_CHECKING:
+    from saddle.kernels.quant import Activation
+    from saddle.kernels.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiles:
+    """rows   of a tile (tokens x query heads of a KV head)
+    keys   a turn of the loop, a multiple of 64 (the block)
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tiles(target: Target) -> PrefillTiles:
+    """Tiles that fit the GPU's shared memory: queries (rows x 256 bytes) and per stage keys and values (keys x 512)."""
+    if target.capability in (90, 100, 103):
+        return PrefillTiles(128, 64, 8, 3)
+    if target.is_cuda and target.shared_bytes >= 160 * 1024:
+        return PrefillTiles(128, 64, 8, 2)
+    if target.is_cuda:
+        return PrefillTiles(64, 64, 4, 2)
+    return PrefillTiles(64, 64, 4, 1)
+
+
+@triton.jit
+def _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best, total, result, offsets,  # type: ignore[no-untyped-def]
+          KV_HEADS: tl.constexpr, KEYS: tl.constexpr, SCALES: tl.constexpr,
+          MASKED: tl.constexpr):  # fmt: skip
+    """Keys `key` to `key` + KEYS of the row; KEYS is a multiple of the block of 64."""
+    WIDE: tl.constexpr = queries.dtype
+    within = tl.arange(0, KEYS)
+    if KEYS == 64:
+        plane = (tl.load(table + key // 64).to(tl.int64) * (2 * KV_HEADS) + head) * 64
+        place = plane * 128 + offsets
+        scale_place = plane + within
+    else:
+        plane = (tl.load(table + key // 64 + within // 64).to(tl.int64) * (2 * KV_HEADS) + head) * 64
+        place = (plane * 128)[:, None] + offsets
+        scale_place = plane + within % 64
+    if MASKED:
+        known = key + within < end  # behind it memory may hold anything, NaN too
+        keys = tl.load(kv + place, mask=known[:, None], other=0.0)
+        values = tl.load(kv + KV_HEADS * 64 * 128 + place, mask=known[:, None], other=0.0)
+    else:
+        keys = tl.load(kv + place)
+        values = tl.load(kv + KV_HEADS * 64 * 128 + place)
+    scores = tl.dot(queries, tl.trans(keys.to(WIDE)))
+    if SCALES == 1:
+        scores *= k_scale
+    if SCALES == 2:
+        if MASKED:
+            scores *= tl.load(kv_scales + scale_place, mask=known, other=0.0)[None, :]
+        else:
+            scores *= tl.load(kv_scales + scale_place)[None, :]
+    if MASKED:
+        scores = tl.where((key + within)[None, :] <= position[:, None], scores, -1e30)
+    higher = tl.maximum(best, tl.max(scores, 1))
+    shrink = tl.exp2(best - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    result *= shrink[:, None]
+    if SCALES == 2:
+        # Weights times scales would leave float16's range: only their ratio to the largest goes in.
+        if MASKED:
+            scale = tl.load(kv_scales + KV_HEADS * 64 + scale_place, mask=known, other=0.0)
+        else:
+            scale = tl.load(kv_scales + KV_HEADS * 64 + scale_place)
+        largest = tl.maximum(tl.max(scale, 0), 1e-30)
+        weights *= (scale / largest)[None, :]
+        result += tl.dot(weights.to(WIDE), values.to(WIDE)) * largest
+    else:
+        result = tl.dot(weights.to(WIDE), values.to(WIDE), result)
+    return higher, total, result
+
+
+@triton.jit
+def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS_UP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and first token (within the row's new ones) of this program's tile; row -1: none."""
+    index = tl.arange(0, ROWS_UP)
+    inside = index < num_rows
+    begin = tl.load(query_starts + first_row + index, mask=inside, other=0)
+    stop = tl.load(query_starts + first_row + index + 1, mask=inside, other=0)
+    tiles = tl.cdiv(stop - begin, TOKENS)
+    end = tl.cumsum(tiles, 0)
+    tile = tl.sum(tiles, 0) - 1 - tl.program_id(1)
+    row = tl.sum((end <= tile).to(tl.int32), 0)
+    start = tl.sum(tl.where(index == row, end - tiles, 0), 0)
+    return tl.where(tile < 0, -1, row), (tile - start) * TOKENS
+
+
+@triton.jit
+def _prefill_kernel(  # type: ignore[no-untyped-def]
+    q, kv, kv_scales, k_scale, v_scale, block_tables, table_stride, row_ids, query_starts, context_lens, first_row,
+    num_rows, out, out_scales,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS_UP: tl.constexpr, CHUNK: tl.constexpr, SCALES: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of tokens and one KV head."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    TOKENS: tl.constexpr = BM // GROUP
+    WIDE: tl.constexpr = kv.dtype.element_ty if SCALES == 0 else tl.float16  # holds e4m3 numbers exactly
+    if PDL > 0:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    head = tl.program_id(0)
+    found, first = _find_tile(query_starts, first_row, num_rows, TOKENS, ROWS_UP)
+    if found >= 0:
+        row = first_row + found
+        begin = tl.load(query_starts + row)
+        length = tl.load(query_starts + row + 1) - begin
+        context = tl.load(context_lens + row)
+        table = block_tables + tl.load(row_ids + row).to(tl.int64) * table_stride
+        line = tl.arange(0, BM)
+        column = tl.arange(0, 128)
+        step = first + line // GROUP  # token within the row's new ones
+        mine = (line < TOKENS * GROUP) & (step < length)
+        token = (begin + tl.minimum(step, length - 1)).to(tl.int64)
+        place = (token * HEADS + head * GROUP + line % GROUP)[:, None] * 128 + column[None, :]
+        queries = tl.load(q + place, mask=mine[:, None], other=0.0).to(WIDE)
+        before = context - length
+        position = before + step
+        seen = (before + first + 1) // KEYS * KEYS  # keys that the tile's first token sees, in whole turns
+        end = tl.minimum(before + tl.minimum(first + TOKENS, length), context)
+        offsets = swizzled(tl.arange(0, KEYS) % 64, column, CHUNK)
+        best = tl.full([BM], -1e30, tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        result = tl.zeros([BM, 128], tl.float32)
+        for key in tl.range(0, seen, KEYS, num_stages=STAGES):
+            best, total, result = _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best, total,
+                                        result, offsets, KV_HEADS, KEYS, SCALES, False)  # fmt: skip
+        for key in tl.range(seen, end, KEYS, num_stages=1):
+            best, total, result = _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best, total,
+                                        result, offsets, KV_HEADS, KEYS, SCALES, True)  # fmt: skip
+        if PDL == 2:
+            gdc_launch_dependents()
+        if SCALES == 1:
+            result *= v_scale
+        result /= total[:, None]
+        if A8:
+            LARGEST: tl.constexpr = 240.0 if out.dtype.element_ty == tl.float8e4b8 else 448.0
+            scale = tl.maximum(tl.max(tl.abs(result), 1), 1e-10) / LARGEST
+            tl.store(out + place, (result / scale[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
+            tl.store(out_scales + token * HEADS + head * GROUP + line % GROUP, scale, mask=mine)
+        else:
+            tl.store(out + place, result.to(out.dtype.element_ty), mask=mine[:, None])
+
+
+def prefill(
+    q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor, query_starts: torch.Tensor,
+    context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, target: Target,
+    pdl: int = 0,
+) -> None:  # fmt: skip
+    """Attend for the new tokens of the rows first_row to first_row + num_rows of a step.
+
+    Args:
+        q: [T, heads * 128] bfloat16 of `qk_rope.qk_rope_write`, which stored the keys and values too.
+        block_tables: [rows of the engine, max_blocks] int32; row_ids: [R] int32, which of them.
+        query_starts: [R + 1] int32, first token of each row; context_lens: [R] int32, new tokens included.
+        num_tokens: at least the number of new tokens of these rows.
+        out: [T, heads * 128], see `Activation`; written for these rows' tokens.
+    """
+    launch(q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, num_tokens, out,
+           prefill_tiles(target), pdl)  # fmt: skip
+
+
+def launch(
+    q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor, query_starts: torch.Tensor,
+    context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, tiles: PrefillTiles,
+    pdl: int,
+) -> None:  # fmt: skip
+    """`prefill` with tiles of the caller's choice."""
+    num_heads, kv_heads = q.shape[1] // HEAD_DIM, kv.num_kv_heads
+    group = num_heads // kv_heads
+    if num_heads != group * kv_heads or group > tiles.rows or tiles.keys % BLOCK_SIZE:
+        raise ValueError(f"tiles of {tiles.rows} x {tiles.keys} do not take {num_heads} heads over {kv_heads}")
+    if num_rows == 0 or num_tokens == 0:
+        return
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    # Each row ends in at most one tile that is not full.
+    grid = (kv_heads, num_tokens // (tiles.rows // group) + num_rows)
+    _prefill_kernel[grid](
+        q, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables, block_tables.stride(0), row_ids, query_starts,
+        context_lens, first_row, num_rows, out.data, out.scale, kv_heads, group, tiles.rows, tiles.keys,
+        tiles.num_stages, triton.next_power_of_2(num_rows), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind,
+        out.scale is not None, pdl, num_warps=tiles.num_warps, **options,
+    )  # fmt: skip
