@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import in_interpreter, outside, run_file
 
 from saddle.kernels import sampling
 from saddle.protocol import SamplingParams
+from tests.support.interpreted import in_interpreter, outside, run_file
 from tests.support.sampling_reference import PARAMS, scores, state_of
 
 CPU = torch.device("cpu")
