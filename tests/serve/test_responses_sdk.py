@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.serve.conftest import SCRIPTED
@@ -219,3 +220,49 @@ def test_too_long_an_input(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="maximum context length is 2048 tokens") as caught:
         client.responses.create(model="saddle-test", input="word " * 4000)
     assert caught.value.param == "input_tokens"
+
+
+# structured output ----------------------------------------------------------------------------------------------
+
+
+class Place(pydantic.BaseModel):
+    name: Literal["Rome", "Oslo"]
+    floor: Literal[1, 2, 3]
+
+
+SAMPLED: Any = {"model": "saddle-test", "input": "Where?", "temperature": 1.5, "reasoning": {"effort": "none"}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_follows_a_schema(client: openai.OpenAI, stream: bool) -> None:
+    """A random model can but do as the grammar says."""
+    arguments = {**SAMPLED, "text_format": Place, "max_output_tokens": 200}
+    if stream:
+        with client.responses.stream(**arguments) as events:
+            reply: Any = events.get_final_response()
+    else:
+        reply = client.responses.parse(**arguments)
+    assert reply.status == "completed", reply
+    assert isinstance(reply.output_parsed, Place)
+    assert reply.output_text[0] == "{"
+
+
+def test_calls_that_must_be_made(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "name": "go", "strict": True, "parameters": Place.model_json_schema()}
+    stay = {"type": "function", "name": "stay"}
+    choices: list[Any] = ["required", stay, {"type": "allowed_tools", "mode": "required", "tools": [stay]}]
+    for choice in choices:
+        reply = client.responses.create(**SAMPLED, tools=[tool, {**tool, **stay}], tool_choice=choice,
+                                        parallel_tool_calls=False, max_output_tokens=300)  # fmt: skip
+        (call,) = [item for item in reply.output if item.type == "function_call"]
+        Place.model_validate_json(call.arguments)
+        assert call.status == "completed"
+        if choice != "required":
+            assert call.name == "stay"
+
+
+def test_no_effort_is_no_thinking(client: openai.OpenAI) -> None:
+    reply = client.responses.create(**SAMPLED, max_output_tokens=20)
+    assert [item.type for item in reply.output] in (["message"], [])
+    assert reply.usage is not None
+    assert reply.usage.output_tokens_details.reasoning_tokens == 0

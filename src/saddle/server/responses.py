@@ -26,7 +26,7 @@ from saddle.server.wire_responses import ResponsesBody
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SUMMARIES = ("auto", "concise", "detailed")
-TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
+TIERS = ("auto", "default", "flex", "scale", "priority", "fast", "ultrafast")
 ENCRYPTED = "reasoning.encrypted_content"
 # What other models' tools and inputs would add to an answer: this one has none, so nothing is left out.
 INCLUDABLE = (
