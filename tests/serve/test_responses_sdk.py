@@ -249,10 +249,11 @@ def test_text_follows_a_schema(client: openai.OpenAI, stream: bool) -> None:
 
 def test_calls_that_must_be_made(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "name": "go", "strict": True, "parameters": Place.model_json_schema()}
-    stay = {"type": "function", "name": "stay"}
+    stay: dict[str, Any] = {"type": "function", "name": "stay"}
+    tools: list[Any] = [tool, {**tool, **stay}]
     choices: list[Any] = ["required", stay, {"type": "allowed_tools", "mode": "required", "tools": [stay]}]
     for choice in choices:
-        reply = client.responses.create(**SAMPLED, tools=[tool, {**tool, **stay}], tool_choice=choice,
+        reply = client.responses.create(**SAMPLED, tools=tools, tool_choice=choice,
                                         parallel_tool_calls=False, max_output_tokens=300)  # fmt: skip
         (call,) = [item for item in reply.output if item.type == "function_call"]
         Place.model_validate_json(call.arguments)
