@@ -17,10 +17,6 @@ GIB = 1 << 30
 CPU_SHARE, CPU_MOST = 0.25, 4 * GIB
 FLAGS = {"block_size": "--block-size", "max_num_seqs": "--max-num-seqs", "plans_in_flight": "--async-scheduling",
          "max_num_batched_tokens": "--max-num-batched-tokens"}  # fmt: skip
-# Block size, rows, tokens a step, plans in flight. On a CPU the next plan is built on the core that computes this one:
-# measured with 1, 4 and 16 rows, doing both in one thread takes about 2 % less time a step, and a token is sent one
-# step earlier.
-DEFAULTS = {"cpu": (16, 32, 512, 0), "cuda": (64, 256, 8192, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +153,14 @@ def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
         StartupError: the configuration cannot start on it; the message says what would.
     """
     cache, scheduler = config.cache, config.scheduler
-    decisions: list[Decision] = []
-    sizes: list[int] = []
+    sizes = config.sizes(memory.kind)
     asked = {"block_size": cache.block_size, "max_num_seqs": scheduler.max_num_seqs,
              "max_num_batched_tokens": scheduler.max_num_batched_tokens,
              "plans_in_flight": scheduler.plans_in_flight}  # fmt: skip
-    for (name, value), default in zip(asked.items(), DEFAULTS[memory.kind], strict=True):
-        sizes.append(default if value is None else value)
-        reason = f"the default on a {memory.kind.upper()}" if value is None else FLAGS[name]
-        decisions.append(Decision(name, sizes[-1], reason))
-    block_size, num_rows, num_tokens, plans_in_flight = sizes
+    decisions = [
+        Decision(name, getattr(sizes, name), f"the default on a {memory.kind.upper()}" if value is None else FLAGS[name])
+        for name, value in asked.items()
+    ]
     if memory.kind == "cpu":
         budget = cpu_kv_bytes(memory.free_bytes, cache.kv_cache_memory_bytes)
     else:
@@ -175,18 +169,18 @@ def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
     capacity = kv_capacity(
         kv_bytes=budget.num_bytes,
         bytes_per_token=memory.bytes_per_token,
-        block_size=block_size,
-        max_num_seqs=num_rows,
+        block_size=sizes.block_size,
+        max_num_seqs=sizes.max_num_seqs,
         asked_len=scheduler.max_model_len,
         checkpoint_len=memory.max_position_embeddings,
     )
     return DeviceInfo(
         num_blocks=capacity.num_blocks,
-        block_size=block_size,
+        block_size=sizes.block_size,
         max_model_len=capacity.max_model_len,
-        max_num_seqs=num_rows,
-        max_num_batched_tokens=num_tokens,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
         vocab_size=memory.vocab_size,
-        plans_in_flight=plans_in_flight,
+        plans_in_flight=sizes.plans_in_flight,
         lines=[*memory.lines, *map(str, (*decisions, budget.decision, *capacity.decisions))],
     )
