@@ -47,9 +47,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def make_case(
     lens: list[int], new: list[int] | None = None, *, heads: int = 48, kv_heads: int = 8, kind: str = "bf16",
-    device: str = "cpu", seed: int = 0, spread: float = 1.0, qkv_dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu", seed: int = 0, spread: float = 1.0, static: tuple[float, float] = (0.75, 1.25),
 ) -> Case:  # fmt: skip
-    """Draw a step. kind: "bf16", "fp16", "fp8" (static scales) or "fp8_dynamic"; spread: of old keys and all values.
+    """Draw a step. kind: "bf16", "fp16", "fp8" (with the static scales of keys and values) or "fp8_dynamic".
+    spread: of keys and values; queries shrink by as much, so that scores stay as they are.
     Triton's interpreter multiplies bfloat16 matrices wrongly: on a CPU the kernels are tested with fp16."""
     maker = torch.Generator(device).manual_seed(seed)
 
@@ -66,7 +67,7 @@ def make_case(
     scales = None
     if kind == "fp8_dynamic":
         scales = torch.full((num_blocks, 2, kv_heads, BLOCK_SIZE), float("nan"), device=device)
-    kv = KVLayer(data, scales, 0.75 if kind == "fp8" else 1.0, 1.25 if kind == "fp8" else 1.0)
+    kv = KVLayer(data, scales, *(static if kind == "fp8" else (1.0, 1.0)))
     row_ids = torch.randperm(len(lens) + 3, generator=maker, device=device)[: len(lens)].int()
     tables = torch.full((len(lens) + 3, max(blocks) + 2), num_blocks + 10_000_000, dtype=torch.int32, device=device)
     positions, slots = [], []
@@ -89,8 +90,8 @@ def make_case(
     return Case(
         heads, kv_heads, lens, new, kv, tables, row_ids, torch.tensor(lens, dtype=torch.int32, device=device), starts,
         torch.tensor(positions, dtype=torch.int32, device=device), torch.tensor(slots, device=device),
-        qkv.to(qkv_dtype), 0.5 + torch.rand(heads * HEAD_DIM, generator=maker, device=device),
-        0.5 + torch.rand(kv_heads * HEAD_DIM, generator=maker, device=device), cos, sin,
+        qkv.bfloat16(), (0.5 + torch.rand(heads * HEAD_DIM, generator=maker, device=device)) / spread,
+        (0.5 + torch.rand(kv_heads * HEAD_DIM, generator=maker, device=device)) * spread, cos, sin,
     )  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def reference(case: Case) -> torch.Tensor:
     writes the new keys and values: those are used unrounded."""
     q, k, v = split(case)
     out = torch.zeros(case.num_tokens, case.heads, HEAD_DIM, device=q.device)
+    group = case.heads // case.kv_heads
     for row, (length, count) in enumerate(zip(case.lens, case.new, strict=True)):
         if length == 0:
             continue
@@ -135,9 +137,9 @@ def reference(case: Case) -> torch.Tensor:
         old_k, old_v = old_tokens(case, row)
         keys, values = torch.cat((old_k, k[mine])), torch.cat((old_v, v[mine]))
         ahead = torch.arange(length, device=q.device) > case.positions[mine, None]
-        for head in range(case.heads):
-            kv_head = head * case.kv_heads // case.heads
-            scores = q[mine, head] @ keys[:, kv_head].T * HEAD_DIM**-0.5
+        for head in range(case.kv_heads):
+            heads = slice(head * group, (head + 1) * group)
+            scores = torch.einsum("tgd,sd->gts", q[mine, heads], keys[:, head]) * HEAD_DIM**-0.5
             weights = scores.masked_fill(ahead, -torch.inf).softmax(-1)
-            out[mine, head] = weights @ values[:, kv_head]
+            out[mine, heads] = torch.einsum("gts,sd->tgd", weights, values[:, head])
     return out.flatten(1)

@@ -38,6 +38,7 @@ HEADS_UP = 16  # query heads of a KV head, rounded up to the tensor cores' rows
 PARTIAL_HEADS = 8  # of those, stored in partial results
 # Blocks in flight of one program, bf16 and FP8.
 STAGES = (3, 4)
+NUM_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,11 @@ class DecodeWork:
         return 4 * sum(tensor.numel() for tensor in (self.items, self.partial, self.stats, self.counters))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _plan_kernel(  # type: ignore[no-untyped-def]
-    context_lens, items, num_rows, num_items,
-    TARGET: tl.constexpr, MIN: tl.constexpr, ROWS_UP: tl.constexpr, ITEMS_UP: tl.constexpr, PDL: tl.constexpr,
+    context_lens, items, num_rows,
+    TARGET: tl.constexpr, MIN: tl.constexpr, ROWS_UP: tl.constexpr, NUM_ITEMS: tl.constexpr, ITEMS_UP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Write the items of all rows; one program."""
     if PDL > 0:
@@ -112,7 +114,7 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
         tl.store(place + 3, first, mask=mask)
         tl.store(place + 4, count, mask=mask)
     item = tl.arange(0, ITEMS_UP)
-    unused = (item >= tl.sum(count, 0)) & (item < num_items)
+    unused = (item >= tl.sum(count, 0)) & (item < NUM_ITEMS)
     tl.store(items + item * 8, tl.full([ITEMS_UP], -1, tl.int32), mask=unused)
     if PDL == 2:
         gdc_launch_dependents()
@@ -355,11 +357,11 @@ def plan_decode(context_lens: torch.Tensor, work: DecodeWork, num_rows: int, pdl
         context_lens: [>= num_rows] int32, the new token included; 0: a row that only pads.
         num_rows: rows with one new token, the first of the step.
     """
-    count = work.target_items + num_rows
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    num_items, max_rows = len(work.items), len(work.items) - work.target_items
     _plan_kernel[(1,)](
-        context_lens, work.items, num_rows, count, work.target_items, MIN_BLOCKS, triton.next_power_of_2(num_rows),
-        triton.next_power_of_2(count), pdl, num_warps=4, **options,
+        context_lens, work.items, num_rows, work.target_items, MIN_BLOCKS, triton.next_power_of_2(max_rows), num_items,
+        triton.next_power_of_2(num_items), pdl, num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -407,7 +409,7 @@ def _launch(
         block_tables.stride(0), row_ids, context_lens, work.items, work.partial, work.stats, work.stats.stride(0),
         work.counters, out.data, out.scale, kv_heads, group, _piece_of(num_heads), _piece_of(kv_heads),
         STAGES[kv.scale_kind != UNSCALED], CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, fused,
-        out.scale is not None, pdl, num_warps=4, **options,
+        out.scale is not None, pdl, num_warps=NUM_WARPS, **options,
     )  # fmt: skip
 
 

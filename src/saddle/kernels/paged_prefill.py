@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from saddle.kernels.target import Target
 
 
+# Prompt rows of a step: a bound, so that one compiled kernel serves every step.
+MAX_ROWS = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:
     """rows   of a tile (tokens x query heads of a KV head)
@@ -52,20 +56,29 @@ def prefill_tiles(target: Target) -> PrefillTiles:
 
 
 @triton.jit
-def _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best, total, result, offsets,  # type: ignore[no-untyped-def]
+def _blocks(table, key, end, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Blocks of the keys from `key` on, or the last ones before `end`: one number, or [KEYS] of several blocks."""
+    last = (end - 1) // 64
+    if KEYS == 64:
+        blocks = tl.load(table + tl.minimum(key // 64, last))
+    else:
+        blocks = tl.load(table + tl.minimum(key // 64 + tl.arange(0, KEYS) // 64, last))
+    return blocks
+
+
+@triton.jit
+def _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, best, total, result, offsets,  # type: ignore[no-untyped-def]
           KV_HEADS: tl.constexpr, KEYS: tl.constexpr, SCALES: tl.constexpr,
           MASKED: tl.constexpr):  # fmt: skip
     """Keys `key` to `key` + KEYS of the row; KEYS is a multiple of the block of 64."""
     WIDE: tl.constexpr = queries.dtype
     within = tl.arange(0, KEYS)
+    plane = (blocks.to(tl.int64) * (2 * KV_HEADS) + head) * 64
+    scale_place = plane + within % 64
     if KEYS == 64:
-        plane = (tl.load(table + key // 64).to(tl.int64) * (2 * KV_HEADS) + head) * 64
         place = plane * 128 + offsets
-        scale_place = plane + within
     else:
-        plane = (tl.load(table + key // 64 + within // 64).to(tl.int64) * (2 * KV_HEADS) + head) * 64
         place = (plane * 128)[:, None] + offsets
-        scale_place = plane + within % 64
     if MASKED:
         known = key + within < end  # behind it memory may hold anything, NaN too
         keys = tl.load(kv + place, mask=known[:, None], other=0.0)
@@ -103,9 +116,9 @@ def _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best
 
 
 @triton.jit
-def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS_UP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Row and first token (within the row's new ones) of this program's tile; row -1: none."""
-    index = tl.arange(0, ROWS_UP)
+    index = tl.arange(0, ROWS)
     inside = index < num_rows
     begin = tl.load(query_starts + first_row + index, mask=inside, other=0)
     stop = tl.load(query_starts + first_row + index + 1, mask=inside, other=0)
@@ -117,12 +130,12 @@ def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS_UP:
     return tl.where(tile < 0, -1, row), (tile - start) * TOKENS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q, kv, kv_scales, k_scale, v_scale, block_tables, table_stride, row_ids, query_starts, context_lens, first_row,
     num_rows, out, out_scales,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    ROWS_UP: tl.constexpr, CHUNK: tl.constexpr, SCALES: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, SCALES: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens and one KV head."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
@@ -133,7 +146,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     if PDL == 1:
         gdc_launch_dependents()
     head = tl.program_id(0)
-    found, first = _find_tile(query_starts, first_row, num_rows, TOKENS, ROWS_UP)
+    found, first = _find_tile(query_starts, first_row, num_rows, TOKENS, ROWS)
     if found >= 0:
         row = first_row + found
         begin = tl.load(query_starts + row)
@@ -155,12 +168,17 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         best = tl.full([BM], -1e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         result = tl.zeros([BM, 128], tl.float32)
+        # Block ids are fetched one turn ahead: as a load inside the same turn they would take half of the stages.
+        blocks = _blocks(table, 0, end, KEYS)
         for key in tl.range(0, seen, KEYS, num_stages=STAGES):
-            best, total, result = _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best, total,
-                                        result, offsets, KV_HEADS, KEYS, SCALES, False)  # fmt: skip
+            mine_now = blocks
+            blocks = _blocks(table, key + KEYS, end, KEYS)
+            best, total, result = _turn(queries, kv, kv_scales, k_scale, mine_now, position, key, end, head, best,
+                                        total, result, offsets, KV_HEADS, KEYS, SCALES, False)  # fmt: skip
         for key in tl.range(seen, end, KEYS, num_stages=1):
-            best, total, result = _turn(queries, kv, kv_scales, k_scale, table, position, key, end, head, best, total,
-                                        result, offsets, KV_HEADS, KEYS, SCALES, True)  # fmt: skip
+            blocks = _blocks(table, key, end, KEYS)
+            best, total, result = _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, best,
+                                        total, result, offsets, KV_HEADS, KEYS, SCALES, True)  # fmt: skip
         if PDL == 2:
             gdc_launch_dependents()
         if SCALES == 1:
@@ -203,6 +221,8 @@ def launch(
     group = num_heads // kv_heads
     if num_heads != group * kv_heads or group > tiles.rows or tiles.keys % BLOCK_SIZE:
         raise ValueError(f"tiles of {tiles.rows} x {tiles.keys} do not take {num_heads} heads over {kv_heads}")
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"a step takes at most {MAX_ROWS} prompts, not {num_rows}")
     if num_rows == 0 or num_tokens == 0:
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
@@ -211,6 +231,6 @@ def launch(
     _prefill_kernel[grid](
         q, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables, block_tables.stride(0), row_ids, query_starts,
         context_lens, first_row, num_rows, out.data, out.scale, kv_heads, group, tiles.rows, tiles.keys,
-        tiles.num_stages, triton.next_power_of_2(num_rows), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind,
+        tiles.num_stages, MAX_ROWS, CHUNK_BYTES // kv.data.element_size(), kv.scale_kind,
         out.scale is not None, pdl, num_warps=tiles.num_warps, **options,
     )  # fmt: skip
