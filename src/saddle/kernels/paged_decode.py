@@ -281,7 +281,7 @@ def _combined(partial, stats, stats_stride, first_item, num_items, head, group, 
     return result / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     source, q_norm, k_norm, eps, cos_table, sin_table, query_scale, kv, kv_scales, k_scale, v_scale, block_tables,
     table_stride, row_ids, context_lens, items, partial, stats, stats_stride, counters, out, out_scales,

@@ -130,7 +130,7 @@ def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl
     return tl.where(tile < 0, -1, row), (tile - start) * TOKENS
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
+@triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q, kv, kv_scales, k_scale, v_scale, block_tables, table_stride, row_ids, query_starts, context_lens, first_row,
     num_rows, out, out_scales,
