@@ -85,6 +85,7 @@ class Metrics:
         self._stats: Callable[[], EngineStats] = EngineStats
         self._ready: Callable[[], EngineReady | None] = lambda: None
         self.num_in_flight = 0
+        self.num_responses = self.num_response_bytes = 0  # what the responses API keeps
         self.finished: Counter[str] = Counter({reason.value: 0 for reason in FinishReason})
         self.rejected: Counter[str] = Counter()
         self.num_cached_tokens = 0
@@ -133,6 +134,8 @@ class Metrics:
             ("num_requests_running", "Requests that hold a row.", stats.num_running),
             ("num_requests_waiting", "Requests that wait for a row.", stats.num_waiting),
             ("num_requests_in_flight", "Requests that the HTTP side is answering.", self.num_in_flight),
+            ("responses_stored", "Responses that can be read again or continued.", self.num_responses),
+            ("responses_stored_bytes", "Memory that they take.", self.num_response_bytes),
             ("kv_cache_usage_perc", "Share of KV blocks that running requests hold, 0 to 1.",
              used / stats.num_blocks if stats.num_blocks else 0.0),
         ):  # fmt: skip

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from saddle.server.generation import Generation
 from saddle.server.responses_stream import Answer
-from saddle.server.sse import BROKEN, HEADERS, KEEP_ALIVE
+from saddle.server.sse import BROKEN, HEADERS, KEEP_ALIVE, ClientGone, unless_gone
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +95,8 @@ class Follow(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        writing = asyncio.ensure_future(self._write(send))
-        watching = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (writing, watching):
-                task.cancel()
-            await asyncio.wait({writing, watching})
-        if not writing.cancelled():
-            writing.result()
+        with contextlib.suppress(ClientGone):
+            await unless_gone(receive, self._write(send))
 
     async def _write(self, send: Send) -> None:
         run = self._run
@@ -121,8 +113,3 @@ class Follow(Response):
                 if at == len(run.frames) and not run.is_over:
                     await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

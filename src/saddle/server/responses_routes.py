@@ -84,6 +84,7 @@ class Responses:
             run.cancel()
         else:
             self.store.delete(response_id)
+            self._count_stored()
         return JSONReply({"id": response_id, "object": "response", "deleted": True})
 
     def cancel(self, response_id: str) -> Response:
@@ -180,6 +181,11 @@ class Responses:
         if not self.store.put(stored):
             logger.warning("%s: a response of %d bytes was not stored: it does not fit (--response-store-bytes).",
                            asked.id, stored.num_bytes)  # fmt: skip
+        self._count_stored()
+
+    def _count_stored(self) -> None:
+        metrics = self._service.metrics
+        metrics.num_responses, metrics.num_response_bytes = len(self.store), self.store.num_bytes
 
 
 def router(service: Service) -> APIRouter:

@@ -173,8 +173,12 @@ async def test_store_is_bounded(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, words(tokenizer, "x"), config(response_store_bytes=20_000)) as server:
         ids = [(await server.post(PATH, {"input": "y" * 400}))[1]["id"] for _ in range(30)]
         found = [(await server.get(f"{PATH}/{name}"))[0] for name in ids]
+        _, page = await server.get("/metrics")
+        size = float(page.split("saddle:responses_stored_bytes{")[1].split()[1])
     assert found == sorted(found, reverse=True), "the oldest went first"
     assert 3 < found.count(200) < 15
+    assert f'saddle:responses_stored{{engine="0",model_name="saddle-test"}} {found.count(200)}.0' in page
+    assert 10_000 < size <= 20_000
 
 
 async def test_background(tokenizer: Tokenizer) -> None:
