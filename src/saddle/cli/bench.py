@@ -1,4 +1,5 @@
-"""`saddle bench serve`: the flags, the table and the result file of `vllm bench serve`."""
+"""`saddle bench`: here `serve`, with the flags, the table and the result file of `vllm bench serve`; the benches that
+run the engine in this process are in `bench_device`."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saddle import env, log
+from saddle.cli import bench_device
 from saddle.cli.flags import Flag, FlagParser
 from saddle.errors import StartupError
 
@@ -88,8 +90,10 @@ FLAGS: tuple[Flag, ...] = (
 
 def add_parser(subparsers: Any) -> None:
     """Register `bench` and its benchmarks with the main parser's subparsers."""
-    bench: FlagParser = subparsers.add_parser("bench", help="measure a server")
-    serve: FlagParser = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True).add_parser(
+    bench: FlagParser = subparsers.add_parser("bench", help="measure a server, or the engine in this process")
+    benchmarks = bench.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    bench_device.add_parsers(benchmarks)
+    serve: FlagParser = benchmarks.add_parser(
         "serve", help="load a running server and report latencies and throughput",
         description="Load a running server and report latencies and throughput.",
         usage="saddle bench serve [flags]",
@@ -103,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StartupError: a flag is wrong, or the server cannot be used.
     """
+    if args.benchmark != "serve":
+        return bench_device.run(args)
     log.setup(env.log_level())
     given = vars(args)
     for flag in FLAGS:

@@ -19,7 +19,7 @@ COMMANDS = {
     "serve": ("saddle.cli.serve", "serve a model over HTTP"),
     "chat": ("saddle.cli.chat", "talk to a server from the terminal"),
     "parse": ("saddle.cli.parse", "run the output parsers on recorded text or token ids"),
-    "bench": ("saddle.cli.bench", "measure a server"),
+    "bench": ("saddle.cli.bench", "measure a server, or the engine in this process"),
 }
 
 

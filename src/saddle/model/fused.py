@@ -1,0 +1,211 @@
+"""MiniMax-M2 as a few fused kernels over packed weights: the forward pass on GPUs.
+
+A decode step is at most eight launches a layer, whatever the number of rows:
+
+    1 norm      x += the experts' pairs of the layer before; h = norm(x), quantised
+    2 qkv       h W_qkv
+    3 attention QK-norm, rotary, write of K and V, attention over the paged context
+    4 o         partial sums of attn W_o
+    5, 6 router x += the partial sums; scores, top-k, lists of tokens by expert; h2 = norm(x), quantised
+    7, 8 experts  silu(h2 W_1) * (h2 W_3), quantised; times W_2, weighted, one row for each (token, expert)
+
+The first layer's norm looks the tokens up in the embedding; behind the last layer a norm of the rows that sample and
+the lm_head follow. With prompts in the step, attention is up to three launches: QK-norm and rotary of all tokens, then
+the decoding rows, then the prompts. Nothing is allocated and nothing waits, so a decode step can be a CUDA graph.
+The math is that of `m2.py`; each kernel says where it comes from.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from saddle.errors import StartupError
+from saddle.kernels import experts, fused_norm, linear, paged_decode, paged_prefill, qk_rope, router
+from saddle.kernels.norm_rope import rotary_table
+from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
+from saddle.kernels.target import Target
+from saddle.model import packed
+from saddle.model.config import ModelConfig
+from saddle.model.inputs import DeviceInputs
+from saddle.model.kv_memory import KVMemory
+from saddle.model.packed import PackedLayer, PackedModel
+from saddle.model.workspace import Buffers, Workspace
+from saddle.parallel.layout import ParallelLayout
+
+ROTARY_DIM = 64
+# Programmatic dependent launch: the next kernel's programs may start early (1: after this one's wait; 2: before its
+# epilogue). Late is better for kernels of one or two programs a multiprocessor, which would lose their even spread.
+PDL_LATE = 2
+
+
+class FusedMiniMaxM2:
+    """One rank's model on a GPU. Holds weights, tables and the work space of a step.
+
+    Args:
+        max_positions: longest context; the rotary table covers it.
+        max_tokens, max_rows: the largest step.
+        uniform_routing: experts are a hash of layer, position and token (random weights route unevenly).
+
+    Raises:
+        StartupError: the checkpoint's shape is none that the kernels are made for.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: PackedModel,
+        *,
+        max_positions: int,
+        max_tokens: int,
+        max_rows: int,
+        target: Target,
+        uniform_routing: bool = False,
+    ) -> None:
+        check_shape(config)
+        self.config, self.weights, self.target = config, weights, target
+        self.uniform_routing = uniform_routing
+        self._max_rows = max_rows
+        device = weights.embed.device
+        self._pdl = PDL_LATE if target.has_pdl and device.type == "cuda" else 0
+        kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
+        self._space = Workspace(config, kinds, target, max_tokens, max_rows, device)
+        self._cos, self._sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
+
+    @staticmethod
+    def workspace_bytes_for(config: ModelConfig, max_tokens: int, max_rows: int, target: Target) -> int:
+        """Bytes of the work space, known before anything is allocated."""
+        kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
+        return Workspace(config, kinds, target, max_tokens, max_rows, torch.device("meta")).num_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._space.num_bytes
+
+    def paths(self) -> list[str]:
+        """Which kernels run which steps, one line each with the reason."""
+        return [f"steps: Triton kernels ({self.target.arch}), eight launches a layer where all rows decode"]
+
+    def allocate_kv(self, num_blocks: int, block_size: int, kind: str) -> KVMemory:
+        """KV memory of `num_blocks` blocks, zeros; kinds as in `kv_memory`.
+
+        Raises:
+            StartupError: blocks are not of 64 tokens.
+        """
+        if block_size != BLOCK_SIZE:
+            raise StartupError(f"--block-size must be {BLOCK_SIZE} on a GPU, got {block_size}.")
+        scales = [layer.kv_scales for layer in self.weights.layers]
+        device = self.weights.embed.device
+        return KVMemory.allocate(self.config, num_blocks, kind, scales, device, self.target.fp8_dtype)
+
+    def forward(self, inputs: DeviceInputs, kv: KVMemory) -> torch.Tensor:
+        """Compute one step, writing its keys and values into `kv`.
+
+        Args:
+            inputs: at most `max_rows` rows sample.
+
+        Returns:
+            Logits [S, vocab] float32 of the tokens in `inputs.logit_index`: a view of the work space, overwritten by
+            the next step.
+        """
+        return self.logits(self.hidden(inputs, kv))
+
+    def hidden(self, inputs: DeviceInputs, kv: KVMemory) -> torch.Tensor:
+        """Normalised last hidden states [S, H] bfloat16 of the tokens in `inputs.logit_index`; KV is written.
+
+        A view of the work space for up to `max_rows` of them, else newly allocated.
+        """
+        num_samples = len(inputs.logit_index)
+        out = self._space.hidden[:num_samples]
+        if num_samples > self._max_rows:
+            out = torch.empty(num_samples, self.config.hidden_size, dtype=torch.bfloat16, device=out.device)
+        if len(inputs.token_ids) == 0:
+            return out
+        work = self._space.buffers(len(inputs.token_ids))
+        if inputs.num_decode_rows:
+            paged_decode.plan_decode(inputs.context_lens, self._space.decode, inputs.num_decode_rows, self._pdl)
+        for number, (layer, layer_kv) in enumerate(zip(self.weights.layers, kv.layers, strict=True)):
+            self.norm(number, inputs, work)
+            self.qkv(layer, work)
+            self.attention(layer, layer_kv, inputs, work)
+            self.project(layer, work)
+            self.route(number, inputs, work)
+            self.experts(layer, work)
+        eps = self.config.rms_norm_eps
+        fused_norm.final_norm(work.x, work.sums, inputs.logit_index, self.weights.norm, eps, out, self._pdl)
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [S, vocab] float32 of hidden states [S, H], at most `max_rows`; a view of the work space."""
+        out = self._space.logits[: len(hidden)]
+        if len(hidden):
+            linear.lm_head(hidden, self.weights.lm_head, out, self.target, self._pdl)
+        return out
+
+    # stages, also timed one by one -------------------------------------------------------------------------------
+
+    def norm(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
+        """Launch 1: the residual of layer `number`, and its norm."""
+        weight, eps = self.weights.layers[number].input_norm, self.config.rms_norm_eps
+        if number == 0:
+            fused_norm.embed_norm(inputs.token_ids, self.weights.embed, work.x, weight, eps, work.h, self._pdl)
+        else:
+            fused_norm.add_norm(work.x, work.sums, weight, eps, work.h, self._pdl)
+
+    def qkv(self, layer: PackedLayer, work: Buffers) -> None:
+        """Launch 2."""
+        linear.linear(work.h, layer.qkv, work.qkv, self.target, self._pdl)
+
+    def attention(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
+        """Launch 3; with prompts up to three launches."""
+        eps, decodes, pdl = self.config.rms_norm_eps, inputs.num_decode_rows, self._pdl
+        num_rows = len(inputs.row_ids)
+        if decodes == num_rows:
+            paged_decode.decode_fused(
+                work.qkv, layer.q_norm, layer.k_norm, eps, self._cos, self._sin, kv, inputs.block_tables,
+                inputs.row_ids, inputs.context_lens, self._space.decode, decodes, work.attn, pdl,
+            )  # fmt: skip
+            return
+        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, eps, self._cos, self._sin, inputs.positions,
+                              inputs.slots, kv, work.q, pdl)  # fmt: skip
+        if decodes:
+            paged_decode.decode(work.q, kv, inputs.block_tables, inputs.row_ids, inputs.context_lens,
+                                self._space.decode, decodes, work.attn, pdl)  # fmt: skip
+        paged_prefill.prefill(
+            work.q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
+            num_rows - decodes, len(inputs.token_ids) - decodes, work.attn, self.target, pdl,
+        )  # fmt: skip
+
+    def project(self, layer: PackedLayer, work: Buffers) -> None:
+        """Launch 4."""
+        linear.linear(work.attn, layer.o, work.o_parts, self.target, self._pdl)
+
+    def route(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
+        """Launches 5 and 6."""
+        layer = self.weights.layers[number]
+        router.route(
+            work.x, work.o_parts, layer.post_norm, self.config.rms_norm_eps, layer.gate, layer.gate_bias,
+            inputs.positions, inputs.token_ids, number, self.uniform_routing, self._space.router, work.h2, self.target,
+            self._pdl,
+        )  # fmt: skip
+
+    def experts(self, layer: PackedLayer, work: Buffers) -> None:
+        """Launches 7 and 8."""
+        experts.experts(work.h2, layer.w13, layer.w2, self._space.router, work.active, work.pairs, self.target,
+                        self._pdl)  # fmt: skip
+
+
+def check_shape(config: ModelConfig) -> None:
+    """What the GPU kernels rely on beside what every path does.
+
+    Raises:
+        StartupError: names the key and what would be right.
+    """
+    for key, value, right in (
+        ("head_dim", config.head_dim, HEAD_DIM),
+        ("rotary_dim", config.rotary_dim, ROTARY_DIM),
+    ):
+        if value != right:
+            raise StartupError(f"config.json: {key} must be {right} for the GPU kernels, got {value}.")
+    for key, width in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
+        if width % 128:
+            raise StartupError(f"config.json: {key} must be a multiple of 128 for the GPU kernels, got {width}.")
