@@ -148,7 +148,7 @@ def whole_values(text: str) -> dict[str, Any]:
 
 
 def _members(text: str) -> dict[str, Any]:
-    """`{"a": 1, "b": [2], "c": "cut of` -> {"a": 1, "b": [2]}; a number at the very end may go on and is not whole."""
+    """`{"a": 1, "b": [2], "c": "cut of` -> {"a": 1, "b": [2]}. Only strings come bit by bit: a number is whole."""
     decoder = json.JSONDecoder()
     found: dict[str, Any] = {}
     place = text.find("{") + 1
@@ -157,8 +157,6 @@ def _members(text: str) -> dict[str, Any]:
             name, place = decoder.raw_decode(text, _past(text, place, ","))
             value, place = decoder.raw_decode(text, _past(text, place, ":"))
         except (ValueError, IndexError):
-            break
-        if place == len(text) and not isinstance(value, (str, list, dict, bool)) and value is not None:
             break
         found[name] = value
     return found

@@ -235,7 +235,7 @@ def test_a_failure_ends_the_stream(before: list[Event]) -> None:
         ('{"a": 1, "b": "x"}', {"a": 1, "b": "x"}),
         ('{"a": 1, "b": "x', {"a": 1}),
         ('{"a": 1, "b": "x"', {"a": 1, "b": "x"}),
-        ('{"a": 12', {}),
+        ('{"a": 12', {"a": 12}),
         ('{"a": 12,', {"a": 12}),
         ('{"a": true', {"a": True}),
         ('{"a": null', {"a": None}),
