@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Experts over packed weights: up (w1, w3, SwiGLU, FP8) and down (w2, times the routing weight), two launches.
 
     act[pair] = silu(W1_e h) * (W3_e h);  out[pair] = weight[pair] * W2_e act[pair]      pair = (token, j), e its expert
@@ -36,7 +37,7 @@ from saddle.kernels.tiles import Fp8Tiles, PackedMatrix
 
 
 @triton.jit
-def _unit(  # type: ignore[no-untyped-def]
+def _unit(
     ids, counts, lists, units, index, capacity, EXPERTS: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr
 ):  # fmt: skip
     """Expert of a unit (-1: no such unit), its pairs [BM], and which of them are real. ONE: a step of one token."""
@@ -57,7 +58,7 @@ def _unit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _swiglu(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] whose rows are 8 of gate, 8 of up, .. -> silu(gate) * up [ROWS / 2, COLUMNS]."""
     pairs = product.reshape(ROWS // 16, 2, 8, COLUMNS).permute(0, 2, 3, 1)
     gate, up = tl.split(pairs)
@@ -65,7 +66,7 @@ def _swiglu(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def _swiglu_columns(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_columns(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """`_swiglu` of [ROWS, COLUMNS] whose columns alternate: [ROWS, COLUMNS / 2]."""
     pairs = product.reshape(ROWS, COLUMNS // 16, 2, 8).permute(0, 1, 3, 2)
     gate, up = tl.split(pairs)
@@ -73,7 +74,7 @@ def _swiglu_columns(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _up_few_kernel(  # type: ignore[no-untyped-def]
+def _up_few_kernel(
     h, h_scales, w, w_scales, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr, K: tl.constexpr,
     SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
@@ -121,7 +122,7 @@ def _up_few_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _down_few_kernel(  # type: ignore[no-untyped-def]
+def _down_few_kernel(
     act, act_scales, w, w_scales, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
     K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
     EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -162,7 +163,7 @@ def _down_few_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _up_many_kernel(  # type: ignore[no-untyped-def]
+def _up_many_kernel(
     h, h_scales, w, w_scales, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr, K: tl.constexpr,
     SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
@@ -210,7 +211,7 @@ def _up_many_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _down_many_kernel(  # type: ignore[no-untyped-def]
+def _down_many_kernel(
     act, act_scales, w, w_scales, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
     K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
     EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,

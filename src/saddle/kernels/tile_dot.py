@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """What the Triton kernels over packed weights share: addresses in tiles, FP8 widened in registers, launch order.
 
 A [BN, BK] block of a packed matrix (see `tiles`) is read with plain pointer arithmetic: 16 bytes a thread, four
@@ -21,7 +22,7 @@ SPARE_SHARED_BYTES = 6 * 1024
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+def begin(PDL: tl.constexpr):
     """Wait for the kernel before; PDL 1: let the next one start at once. Memory of other kernels only after this."""
     if PDL > 0:
         gdc_wait()
@@ -30,45 +31,45 @@ def begin(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def release(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+def release(PDL: tl.constexpr):
     """PDL 2: let the next kernel start, because only the epilogue is left."""
     if PDL == 2:
         gdc_launch_dependents()
 
 
 @triton.jit
-def row_places(rows, ROW_VALUES: tl.constexpr, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def row_places(rows, ROW_VALUES: tl.constexpr, TILE_K: tl.constexpr):
     """Offsets of rows of a matrix; ROW_VALUES: numbers from one row of tiles to the next."""
     return (rows // 16) * ROW_VALUES + (rows % 16) * TILE_K
 
 
 @triton.jit
-def column_places(columns, TILE_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def column_places(columns, TILE_K: tl.constexpr):
     """Offsets of columns within a slot."""
     return (columns // TILE_K) * (16 * TILE_K) + columns % TILE_K
 
 
 @triton.jit
-def slot_place(k, SLOT_K: tl.constexpr, SLOT_VALUES: tl.constexpr):  # type: ignore[no-untyped-def]
+def slot_place(k, SLOT_K: tl.constexpr, SLOT_VALUES: tl.constexpr):
     """Offset of column k, a multiple of a tile's columns."""
     return (k // SLOT_K) * SLOT_VALUES + (k % SLOT_K) * 16
 
 
 @triton.jit
-def scale_place(k, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SCALE_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def scale_place(k, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SCALE_K: tl.constexpr):
     """Offset in float32 of the scale of rows 0 to 7 for column k; that of rows 8 to 15 follows."""
     return (k // SLOT_K) * (SLOT_BYTES // 4) + SLOT_K * 4 + (k % SLOT_K) // SCALE_K * 2
 
 
 @triton.jit
-def widen(weights):  # type: ignore[no-untyped-def]
+def widen(weights):
     """E4M3 bytes as bfloat16, exactly: seven bits moved under bfloat16's exponent are the value times 2^-120."""
     bits = ((weights & 0x80).to(tl.uint16) << 8) | ((weights & 0x7F).to(tl.uint16) << 4)
     return bits.to(tl.bfloat16, bitcast=True) * 1329227995784915872903807060280344576.0
 
 
 @triton.jit
-def quantised(values, AXIS: tl.constexpr, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
+def quantised(values, AXIS: tl.constexpr, FP8: tl.constexpr):
     """Scale [.] of each group of values along AXIS, and the values divided by it, in FP8 (`quant.quantise`)."""
     LARGEST: tl.constexpr = 240.0 if tl.float8e4b8 == FP8 else 448.0
     scale = tl.maximum(tl.max(tl.abs(values), AXIS), 1e-10) / LARGEST
@@ -111,8 +112,12 @@ def fit(block: Block, w: PackedMatrix, num_rows: int, activation_bytes: int, tar
         bk //= 2
     while num_rows % bn:
         bn //= 2
-    turn = bk * (bn * w.format.dtype.itemsize + block.bm * activation_bytes)
-    stages = min(block.stages, max(1, (target.shared_bytes - SPARE_SHARED_BYTES) // turn))
+    column = bn * w.format.dtype.itemsize + block.bm * activation_bytes
+    room = target.shared_bytes - SPARE_SHARED_BYTES
+    # Two turns in flight and one at work at least: narrower steps where memory is short.
+    while room // (bk * column) < min(3, block.stages) and bk > 64:
+        bk //= 2
+    stages = min(block.stages, max(1, room // (bk * column)))
     return Block(bn, block.bm, bk, stages, block.warps)
 
 

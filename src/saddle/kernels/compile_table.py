@@ -1,0 +1,130 @@
+"""Every Triton kernel, launched at the shapes of M2, so that all of them can be compiled for a GPU that is not there.
+
+`CASES` maps a name to a function that calls one launcher with tensors that have no memory. `compiling(target)` makes
+launches compile and not run, for the given GPU family; it yields the list of what was compiled. Used by the test of
+all families and to look at the machine code without a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from saddle.kernels import experts, linear, quant, router, tiles
+from saddle.kernels.quant import Activation
+from saddle.kernels.target import SHARED_BYTES, Target
+from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix
+
+HIDDEN, HEADS_WIDTH, QKV_WIDTH, EXPERTS, TOP_K, INTERMEDIATE = 3072, 6144, 8192, 256, 8, 1536
+
+Case = Callable[[Target], None]
+
+
+class _NoDriver:
+    """Stands for the driver of a GPU that is not there: Triton asks it what to compile for."""
+
+    def __init__(self, target: GPUTarget, device: int) -> None:
+        self.target = target
+        self.device = device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def compiling(target: Target) -> Iterator[list[Any]]:
+    """Launches compile for `target` instead of running."""
+    gpu = GPUTarget("cuda", target.capability, 32) if target.is_cuda else GPUTarget("hip", target.arch, 64)
+    run, made = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        made.append(run(self, *args, **{**options, "warmup": True}))
+        return made[-1]
+
+    driver = triton.runtime.driver
+    before = driver._active
+    JITFunction.run = compile_only
+    # Kernels remember the family of a device: every family is a device of its own.
+    driver.set_active(_NoDriver(gpu, list(SHARED_BYTES).index(target.arch)))
+    try:
+        yield made
+    finally:
+        JITFunction.run = run
+        driver._active = before
+
+
+def fp8_matrix(
+    target: Target, rows: int, columns: int, lead: tuple[int, ...] = (), interleaved: bool = False
+) -> PackedMatrix:
+    return tiles.allocate(rows, columns, Fp8Tiles(fnuz=target.is_fnuz), "meta", lead, interleaved)
+
+
+def activation(target: Target, num_tokens: int, width: int) -> Activation:
+    return quant.allocate(num_tokens, width, target.fp8_dtype if target.has_fp8_dot else torch.bfloat16, "meta")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _linear(num_tokens: int, target: Target) -> None:
+    qkv, o = fp8_matrix(target, QKV_WIDTH, HIDDEN), fp8_matrix(target, HIDDEN, HEADS_WIDTH)
+    pdl = 2 if target.has_pdl else 0
+    linear.linear(activation(target, num_tokens, HIDDEN), qkv, empty(num_tokens, QKV_WIDTH, dtype=torch.bfloat16),
+                  target, pdl)  # fmt: skip
+    parts = empty(linear.split_k(num_tokens, o, target), num_tokens, HIDDEN)
+    linear.linear(activation(target, num_tokens, HEADS_WIDTH), o, parts, target, pdl)
+
+
+def _lm_head(num_tokens: int, target: Target) -> None:
+    matrix = tiles.allocate(200064, HIDDEN, Bf16Tiles(), "meta")
+    linear.lm_head(empty(num_tokens, HIDDEN, dtype=torch.bfloat16), matrix, empty(num_tokens, 200064), target)
+
+
+def _route(num_tokens: int, uniform: bool, target: Target) -> None:
+    work = router.RouterWork.allocate(num_tokens, HIDDEN, EXPERTS, TOP_K, "meta")
+    ids = empty(num_tokens, dtype=torch.int32)
+    router.route(empty(num_tokens, HIDDEN), empty(1, num_tokens, HIDDEN), empty(HIDDEN), 1e-6, empty(HIDDEN, EXPERTS),
+                 empty(EXPERTS), ids, ids, 1, uniform, work, activation(target, num_tokens, HIDDEN), target,
+                 2 if target.has_pdl else 0)  # fmt: skip
+
+
+def _experts(num_tokens: int, target: Target) -> None:
+    work = router.RouterWork.allocate(num_tokens, HIDDEN, EXPERTS, TOP_K, "meta")
+    w13 = fp8_matrix(target, 2 * INTERMEDIATE, HIDDEN, (EXPERTS,), True)
+    w2 = fp8_matrix(target, HIDDEN, INTERMEDIATE, (EXPERTS,))
+    pairs = num_tokens * TOP_K
+    out = empty(pairs, HIDDEN, dtype=experts.pair_dtype(num_tokens))
+    act = activation(target, pairs, INTERMEDIATE)
+    experts.experts(activation(target, num_tokens, HIDDEN), w13, w2, work, act, out, target, 2 if target.has_pdl else 0)
+
+
+CASES: dict[str, Case] = {
+    "linear, 8 tokens": lambda target: _linear(8, target),
+    "linear, 8192 tokens": lambda target: _linear(8192, target),
+    "lm_head, 8 tokens": lambda target: _lm_head(8, target),
+    "lm_head, 256 tokens": lambda target: _lm_head(256, target),
+    "router, 8 tokens": lambda target: _route(8, False, target),
+    "router, 8192 tokens": lambda target: _route(8192, True, target),
+    "experts, 1 token": lambda target: _experts(1, target),
+    "experts, 64 tokens": lambda target: _experts(64, target),
+    "experts, 8192 tokens": lambda target: _experts(8192, target),
+}

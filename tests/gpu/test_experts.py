@@ -1,0 +1,82 @@
+"""Experts over packed weights on the GPU, against float32 products of the dequantised values."""
+
+from __future__ import annotations
+
+import packed_support as support
+import pytest
+import torch
+import torch.nn.functional as F
+
+from saddle.kernels import experts, quant, router, tiles
+
+pytestmark = support.needs_gpu
+ERROR = 6e-3  # bf16 or FP8 rounding of the result and of numbers between the two launches that fall the other way
+
+
+def routed(size: int, num_experts: int, top_k: int, width: int, num_pads: int = 0) -> router.RouterWork:
+    """Random choices of a step, made by the router's own kernels."""
+    work = router.RouterWork.allocate(size, width, num_experts, top_k, "cuda")
+    positions = torch.randint(0, 9999, (size,), device="cuda", dtype=torch.int32)
+    if num_pads:
+        positions[-num_pads:] = -1
+    chip = support.targets()[0]
+    h = quant.allocate(size, width, chip.fp8_dtype, "cuda")
+    router.route(torch.randn(size, width, device="cuda"), None, torch.ones(width, device="cuda"), 1e-6,
+                 torch.randn(width, num_experts, device="cuda") * 0.03, torch.zeros(num_experts, device="cuda"),
+                 positions, positions, 0, False, work, h, chip)  # fmt: skip
+    return work
+
+
+def wanted_rows(
+    h: torch.Tensor, work: router.RouterWork, w13: torch.Tensor, w2: torch.Tensor, chip: support.Target
+) -> torch.Tensor:
+    """Weighted rows [T * k, H]; the numbers between the products are rounded as the kernels round them."""
+    pairs = len(h) * work.top_k
+    ids, out = work.ids[:pairs], torch.zeros(pairs, w2.shape[1], device="cuda")
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        mine = (ids == expert).nonzero().flatten()
+        gate, up = (h[mine // work.top_k] @ w13[expert].T).chunk(2, -1)
+        active = quant.dequantise(support.activation(F.silu(gate) * up, chip))
+        out[mine] = (active @ w2[expert].T) * work.weights[mine, None]
+    return out
+
+
+SHAPES = {"m2": (32, 8, 3072, 1536), "demo": (16, 4, 256, 128)}
+
+
+@pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts(shape: str, chip: support.Target) -> None:
+    torch.manual_seed(3)
+    num_experts, top_k, width, inner = SHAPES[shape]
+    w13 = support.fp8_weight(num_experts, 2 * inner, width, interleaved=True)
+    w2 = support.fp8_weight(num_experts, width, inner)
+    values = tiles.dequantise(w13), tiles.dequantise(w2)
+    for size in support.SIZES:
+        num_pads = 2 if size > 2 else 0
+        work = routed(size, num_experts, top_k, width, num_pads)
+        h = support.activation(torch.randn(size, width, device="cuda") * 2, chip)
+        wanted = wanted_rows(quant.dequantise(h), work, *values, chip)
+        act = quant.allocate(size * top_k, inner, h.data.dtype, "cuda")
+        out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size))
+        experts.experts(h, w13, w2, work, act, out, chip)
+        used = (size - num_pads) * top_k
+        assert support.error(out[:used], wanted[:used]) < ERROR, size
+        assert out[used:].isnan().all(), (size, "rows that pad are not written")
+        again = torch.full_like(out, 3.0)
+        experts.experts(h, w13, w2, work, act, again, chip)
+        assert torch.equal(out[:used], again[:used]), (size, "same bits")
+
+
+def test_swapped_gate_and_up_are_seen() -> None:
+    chip = support.targets()[0]
+    w13, w2 = support.fp8_weight(16, 256, 256, interleaved=True), support.fp8_weight(16, 256, 128)
+    work = routed(8, 16, 4, 256)
+    h = support.activation(torch.randn(8, 256, device="cuda"), chip)
+    swapped = tiles.dequantise(w13).view(16, 2, 128, 256).flip(1).reshape(16, 256, 256)
+    wanted = wanted_rows(quant.dequantise(h), work, swapped, tiles.dequantise(w2), chip)
+    act, out = quant.allocate(32, 128, h.data.dtype, "cuda"), support.poisoned(32, 256)
+    experts.experts(h, w13, w2, work, act, out, chip)
+    assert support.error(out, wanted) > 20 * ERROR

@@ -1,0 +1,62 @@
+"""Matrix products over packed weights on the GPU, against float64."""
+
+from __future__ import annotations
+
+import packed_support as support
+import pytest
+import torch
+
+from saddle.kernels import linear, quant, tiles
+
+pytestmark = support.needs_gpu
+
+# Products of FP8 numbers are exact; the matrix units sum 128 of them with some 14 bits.
+FP8_ERROR, BF16_ERROR = 1e-3, 4e-3
+SHAPES = {"qkv": (8192, 3072), "o": (3072, 6144), "demo": (2048, 256)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seed() -> None:
+    torch.manual_seed(11)
+
+
+@pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_weights(shape: str, chip: support.Target) -> None:
+    matrix = support.fp8_weight(*SHAPES[shape])
+    values = tiles.dequantise(matrix).double()
+    for size in support.SIZES:
+        a = support.activation(torch.randn(size, matrix.num_cols, device="cuda") * 3, chip)
+        wanted = quant.dequantise(a).double() @ values.T
+        parts = support.poisoned(linear.split_k(size, matrix, chip), size, matrix.num_rows)
+        linear.linear(a, matrix, parts, chip)
+        assert support.error(parts.sum(0), wanted) < FP8_ERROR, (size, "parts")
+        again = torch.full_like(parts, 7.0)
+        linear.linear(a, matrix, again, chip)
+        assert torch.equal(parts, again), (size, "same bits")
+        out = support.poisoned(size, matrix.num_rows, dtype=torch.bfloat16)
+        linear.linear(a, matrix, out, chip)
+        assert support.error(out, wanted) < BF16_ERROR, (size, "bf16")
+
+
+def test_a_wrong_scale_is_seen() -> None:
+    """The thresholds tell a weight whose scales are shifted by one block from the right one."""
+    matrix = support.fp8_weight(256, 1024)
+    a = support.activation(torch.randn(8, 1024, device="cuda"), support.targets()[0])
+    wanted = quant.dequantise(a).double() @ tiles.dequantise(matrix).double().T
+    tiles.scale_view(matrix).copy_(tiles.scale_view(matrix).roll(1, -2).clone())
+    out = support.poisoned(8, 256)
+    linear.linear(a, matrix, out, support.targets()[0])
+    assert support.error(out, wanted) > 20 * BF16_ERROR
+
+
+@pytest.mark.parametrize("vocab", [200064, 1024])
+def test_lm_head(vocab: int) -> None:
+    chip = support.targets()[0]
+    matrix = tiles.pack(torch.randn(vocab, 3072, device="cuda", dtype=torch.bfloat16) * 0.02)
+    values = tiles.dequantise(matrix)
+    for size in (*support.SIZES[:-2], 256):
+        h = torch.randn(size, 3072, device="cuda", dtype=torch.bfloat16)
+        out = support.poisoned(size, vocab)
+        linear.lm_head(h, matrix, out, chip)
+        assert support.error(out, h.float() @ values.T) < 1e-4, size
