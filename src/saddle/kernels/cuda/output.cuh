@@ -1,0 +1,60 @@
+// The output projection: part by part of its columns, the attention's words are polled into the activation buffer and
+// the products added to the residual.
+#pragma once
+#include "combine.cuh"
+
+DEVICE void load_attention(Consumer& c, int part) {
+  constexpr int WORDS = O_WIDTH / 2, EACH = (WORDS / 2 + NUM_THREADS - 1) / NUM_THREADS;  // two words a load
+  constexpr int ROWS = MAX_ROWS < 4 ? MAX_ROWS : 4;  // polled together: more would not fit the registers
+#pragma unroll
+  for (int first = 0; first < MAX_ROWS; first += ROWS) {
+    u64 word[ROWS][EACH][2];
+    Patience patience;
+    for (bool fresh = false; !fresh;) {
+      fresh = true;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+          const int at = (i * NUM_THREADS + c.thread) * 2;
+          word[r][i][0] = word[r][i][1] = no_word(c.epoch);
+          if (((c.rows >> (first + r)) & 1) && at < WORDS)
+            load_relaxed(c.p.attention_words + (first + r) * (Q_WIDTH / 2) + part * WORDS + at, word[r][i][0], word[r][i][1]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < EACH; i++) fresh &= is_fresh(word[r][i][0], c.epoch) && is_fresh(word[r][i][1], c.epoch);
+      if (!fresh) patience.lose(c.p, FAILED_WORDS);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const int at = (i * NUM_THREADS + c.thread) * 2;
+        if (at < WORDS) sts64(c.act + f16_place(first + r, 2 * at), (u32)word[r][i][0], (u32)word[r][i][1]);
+      }
+  }
+  consumers_sync();
+}
+
+DEVICE void output_stage(Consumer& c) {
+  constexpr int TILES = HIDDEN / TILE_ROWS;
+  int loaded = -1;
+  for_tiles(c, [&](int tile, Slot first) {
+    const int part = tile / TILES;
+    if (part != loaded) load_attention(c, part);
+    loaded = part;
+    float sum[4] = {0, 0, 0, 0};
+    multiply_tile<OutputShape, O_SLOTS>(c, first, c.act, sum);
+    if (!reduce_tile(c, sum)) return;
+    const int row = 2 * (c.lane & 3), column = (tile - part * TILES) * TILE_ROWS + (c.lane >> 2);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (!((c.rows >> (row + i)) & 1)) continue;
+      add_residual(c, row + i, column, sum[i]);
+      add_residual(c, row + i, column + 8, sum[2 + i]);
+    }
+  });
+}

@@ -1,0 +1,181 @@
+// The producer: one thread that streams, slot by slot, all weights and KV that this multiprocessor will use, in the order
+// in which the consumers use them. It runs ahead over every barrier as far as the ring and the window allow; only the
+// experts wait, for the routing.
+//
+// Contract: the stages below and the consumers' stages take the same slots in the same order.
+#pragma once
+#include "query.cuh"
+#include "attention.cuh"
+#include "experts.cuh"
+
+struct Producer {
+  const Params& p;
+  Shared* shared;
+  u32 ring;
+  u64 policy;
+  int slot = 0;
+  u32 parity = 0;
+  int window = 1;
+  // The last three slots issued, slot | parity << 8, the newest first; -1: none.
+  int issued0 = -1, issued1 = -1, issued2 = -1;
+};
+
+// The next slot, once it is empty and no more than the window is on the way.
+DEVICE int take_slot(Producer& d) {
+  const int slot = d.slot;
+  mbarrier_wait(d.p, shared_address(&d.shared->empty[slot]), d.parity ^ 1, FAILED_RING);
+  const int oldest = d.window == 1 ? d.issued0 : d.window == 2 ? d.issued1 : d.issued2;
+  if (oldest >= 0) mbarrier_wait(d.p, shared_address(&d.shared->full[oldest & 255]), oldest >> 8, FAILED_WINDOW);
+  d.issued2 = d.issued1;
+  d.issued1 = d.issued0;
+  d.issued0 = slot | (int)(d.parity << 8);
+  if (++d.slot == RING_SLOTS) {
+    d.slot = 0;
+    d.parity ^= 1;
+  }
+  return slot;
+}
+DEVICE void send(Producer& d, const u8* from, u32 bytes, int code) {
+  const int slot = take_slot(d);
+  const u32 full = shared_address(&d.shared->full[slot]);
+  d.shared->code[slot] = code;
+  mbarrier_expect(full, bytes);
+  bulk_copy(d.ring + slot * RING_SLOT_BYTES, from, bytes, full, d.policy);
+}
+
+// A stage of `tiles` tiles of `slots` slots: first this multiprocessor's share of the static part, then tiles claimed
+// from a counter, two claims ahead. address(tile) is that of its first slot.
+template <class Address>
+DEVICE void send_tiles(Producer& d, int tiles, int rotation, int claimed, int slots, u32 bytes, u32* counter, Address address) {
+  const int fixed = (int)((i64)tiles * (100 - claimed) / 100);
+  int begin, end;
+  share_of(fixed, rotation, begin, end);
+  int next = tiles, after = tiles;  // claimed tiles
+  if (claimed) {
+    next = fixed + (int)atomicAdd(counter, 1u);
+    after = fixed + (int)atomicAdd(counter, 1u);
+  }
+  if (begin == end && next >= tiles) {
+    const int slot = take_slot(d);
+    d.shared->code[slot] = NO_TILE;
+    mbarrier_arrive(shared_address(&d.shared->full[slot]));
+    return;
+  }
+  for (int tile = begin; tile < end; tile++) {
+    const u8* from = address(tile);
+    const bool last = tile == end - 1 && next >= tiles;
+    for (int i = 0; i < slots; i++) send(d, from + (i64)i * bytes, bytes, tile | (last ? LAST_TILE : 0));
+  }
+  while (next < tiles) {
+    const u8* from = address(next);
+    const int code = next | (after >= tiles ? LAST_TILE : 0);
+    next = after;
+    if (next < tiles) after = fixed + (int)atomicAdd(counter, 1u);
+    for (int i = 0; i < slots; i++) send(d, from + (i64)i * bytes, bytes, code);
+  }
+}
+
+// KV of this multiprocessor's segments: slots of up to SLOT_UNITS units, keys then values then scales, a copy for each
+// run of units in one block.
+DEVICE void send_kv(Producer& d, int layer) {
+  const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
+  if (blockIdx.x >= ATTENTION_CTAS) return;
+  int cached = 0;  // place of the segment's first block in Shared::blocks
+  for (int row = 0; row < MAX_ROWS; row++) {
+    Segment s;
+    if (!segment_of(d.shared, row, split, s) || s.loaded <= 0) continue;
+    const int first_block = s.begin / UNITS_PER_BLOCK, last_block = (s.begin + s.loaded - 1) / UNITS_PER_BLOCK;
+    const int* table = d.p.block_tables + (i64)d.shared->table[row] * d.p.max_blocks;
+    const auto block_at = [&](int index) {
+      const int place = cached + index - first_block;
+      return place < CACHED_BLOCKS ? d.shared->blocks[place] : __ldg(table + index);
+    };
+    int index = first_block, block = block_at(index), ahead = block_at(min(index + 1, last_block));
+    for (int first = 0; first < s.loaded; first += SLOT_UNITS) {
+      const int count = min(SLOT_UNITS, s.loaded - first), slot = take_slot(d);
+      const u32 full = shared_address(&d.shared->full[slot]), at = d.ring + slot * RING_SLOT_BYTES;
+      mbarrier_expect(full, count * 2 * (UNIT_BYTES + UNIT_SCALE_BYTES));
+      for (int j = 0; j < count;) {
+        const int unit = s.begin + first + j, inside = unit % UNITS_PER_BLOCK;
+        if (unit / UNITS_PER_BLOCK != index) {
+          index++;
+          block = ahead;
+          ahead = block_at(min(index + 1, last_block));
+        }
+        const int run = min(count - j, UNITS_PER_BLOCK - inside);
+        const i64 place = (i64)layer * d.p.num_blocks + block;
+        const u8* keys = d.p.kv + place * KV_BLOCK_BYTES + head * HEAD_BLOCK_BYTES + inside * UNIT_BYTES;
+        bulk_copy(at + j * UNIT_BYTES, keys, run * UNIT_BYTES, full, d.policy);
+        bulk_copy(at + SLOT_VALUES_AT + j * UNIT_BYTES, keys + NUM_KV_HEADS * HEAD_BLOCK_BYTES, run * UNIT_BYTES, full, d.policy);
+        if (KV_FORMAT == KV_FP8_DYNAMIC) {
+          const float* scales = d.p.kv_scales + place * KV_BLOCK_SCALES + head * BLOCK_TOKENS + inside * UNIT_TOKENS;
+          for (int i = 0; i < run; i++) {
+            const u32 to = at + SLOT_SCALES_AT + (j + i) * 2 * UNIT_SCALE_BYTES;
+            bulk_copy(to, scales + i * UNIT_TOKENS, UNIT_SCALE_BYTES, full, d.policy);
+            bulk_copy(to + UNIT_SCALE_BYTES, scales + NUM_KV_HEADS * BLOCK_TOKENS + i * UNIT_TOKENS, UNIT_SCALE_BYTES, full, d.policy);
+          }
+        }
+        j += run;
+      }
+    }
+    cached += last_block - first_block + 1;
+  }
+}
+
+// Keeps the ids of the blocks that `send_kv` will ask for first. All threads of the block, before the step.
+DEVICE void cache_blocks(const Params& p, Shared* shared) {
+  if (blockIdx.x >= ATTENTION_CTAS) return;
+  int cached = 0;
+  for (int row = 0; row < MAX_ROWS; row++) {
+    Segment s;
+    if (!segment_of(shared, row, blockIdx.x % SPLITS, s) || s.loaded <= 0) continue;
+    const int first = s.begin / UNITS_PER_BLOCK, count = (s.begin + s.loaded - 1) / UNITS_PER_BLOCK - first + 1;
+    const int* table = p.block_tables + (i64)shared->table[row] * p.max_blocks + first;
+    for (int i = threadIdx.x; i < count && cached + i < CACHED_BLOCKS; i += BLOCK_THREADS) shared->blocks[cached + i] = table[i];
+    cached += count;
+  }
+}
+
+// Rotations differ from stage to stage: whoever has a tile more in one has none more in the next.
+DEVICE void produce(Producer& d) {
+  const Params& p = d.p;
+  for (int l = 0; l < p.num_layers; l++) {
+    const LayerWeights& layer = p.layers[l];
+    u32* claims = p.claims + l * CLAIM_PITCH;
+    const int turn = l * 31;
+    if (p.stages & STAGE_ATTENTION) {
+      d.window = WINDOW_QKV;
+      send_tiles(d, QKV_TILES, turn, 0, QkvShape::SLOTS, QkvShape::SLOT_BYTES, claims,
+                 [&](int tile) { return layer.qkv + (i64)tile * (QkvShape::SLOTS * QkvShape::SLOT_BYTES); });
+      d.window = WINDOW_OTHER;
+      send_kv(d, l);
+      send_tiles(d, O_PARTS * (HIDDEN / TILE_ROWS), turn + NUM_CTAS / 2, 0, O_SLOTS, OutputShape::SLOT_BYTES, claims, [&](int tile) {
+        const int part = tile / (HIDDEN / TILE_ROWS), strip = tile % (HIDDEN / TILE_ROWS);
+        return layer.o + (i64)(strip * OutputShape::SLOTS + part * O_SLOTS) * OutputShape::SLOT_BYTES;
+      });
+    }
+    if (p.stages & STAGE_EXPERTS) {
+      d.window = WINDOW_OTHER;
+      constexpr u32 GATE_BYTES = GATE_ROWS * HIDDEN * 4;
+      if (blockIdx.x < GATE_CTAS) send(d, (const u8*)layer.gate + (i64)blockIdx.x * GATE_BYTES, GATE_BYTES, 0);
+      mbarrier_wait(p, shared_address(&d.shared->routed), l & 1, FAILED_ROUTING);
+      d.window = WINDOW_EXPERTS;
+      const int experts = d.shared->num_experts;
+      const auto expert_at = [&](int place) { return (i64)(d.shared->expert_list[place] & 0xffff); };
+      send_tiles(d, experts * UP_TILES, turn + NUM_CTAS / 4, CLAIMED_EXPERTS, UpShape::SLOTS, UpShape::SLOT_BYTES, claims + CLAIM_UP,
+                 [&](int tile) {
+                   const int place = tile / UP_TILES;
+                   return layer.w13 + (expert_at(place) * UP_TILES + tile % UP_TILES) * (UpShape::SLOTS * UpShape::SLOT_BYTES);
+                 });
+      send_tiles(d, experts * DOWN_TILES, turn + 3 * NUM_CTAS / 4, CLAIMED_EXPERTS, 1, DownShape::SLOT_BYTES, claims + CLAIM_DOWN,
+                 [&](int tile) {
+                   const int place = tile / DOWN_TILES;
+                   return layer.w2 + (expert_at(place) * DOWN_TILES + tile % DOWN_TILES) * DownShape::SLOT_BYTES;
+                 });
+    }
+  }
+  if (!(p.stages & STAGE_HEAD)) return;
+  d.window = WINDOW_HEAD;
+  send_tiles(d, VOCAB / TILE_ROWS, 0, CLAIMED_HEAD, HeadShape::SLOTS, HeadShape::SLOT_BYTES, p.claims + NUM_LAYERS * CLAIM_PITCH,
+             [&](int tile) { return p.lm_head + (i64)tile * (HeadShape::SLOTS * HeadShape::SLOT_BYTES); });
+}

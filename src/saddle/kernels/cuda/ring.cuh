@@ -1,0 +1,43 @@
+// The ring of slots between the producer thread and the consumer warps: `full` is completed by the bulk copy, `empty`
+// by one arrival of each consumer warp. Slots are used strictly in the order in which the producer fills them.
+//
+// Contract: every consumer warp takes every slot with `next_slot` and gives it back with `release`, used or not.
+#pragma once
+#include "state.cuh"
+
+#define LAST_TILE (1 << 30)  // in Shared::code: the stage has no further tile for this multiprocessor
+#define NO_TILE (-1)  // in Shared::code: the stage has no tile at all for it
+
+struct Slot {
+  int index;
+  u32 at;  // address of its bytes
+};
+
+DEVICE Slot next_slot(Consumer& c) {
+  Slot slot{c.slot, c.ring + c.slot * RING_SLOT_BYTES};
+  mbarrier_wait(c.p, shared_address(&c.shared->full[c.slot]), c.parity, FAILED_RING);
+  if (++c.slot == RING_SLOTS) {
+    c.slot = 0;
+    c.parity ^= 1;
+  }
+  return slot;
+}
+DEVICE void release(const Consumer& c, Slot slot) {
+  __syncwarp();
+  if (c.lane == 0) mbarrier_arrive(shared_address(&c.shared->empty[slot.index]));
+}
+
+// Runs `body(tile, first slot)` for the tiles of a stage that the producer sends here. The body releases that slot and
+// takes and releases the tile's further ones.
+template <class Body> DEVICE void for_tiles(Consumer& c, Body body) {
+  for (bool last = false; !last;) {
+    Slot slot = next_slot(c);
+    int code = c.shared->code[slot.index];
+    if (code < 0) {
+      release(c, slot);
+      break;
+    }
+    last = code & LAST_TILE;
+    body(code & ~LAST_TILE, slot);
+  }
+}

@@ -1,0 +1,148 @@
+// Top-k of the router's sigmoid scores plus bias, exact, ties to the lower expert; weights are the scores themselves,
+// made to sum to one. Every multiprocessor does it for itself and lists the chosen experts in ascending order.
+//
+// Uniform routing (timing with dummy weights): the experts are a hash of layer, position and token; the weights are
+// the router's own scores of them.
+#pragma once
+#include "norm.cuh"
+
+constexpr int LANE_EXPERTS = 8;
+
+// The row's logits of experts 8 lane .. 8 lane + 7; beyond the last expert: minus infinity.
+DEVICE void wait_logits(const Consumer& c, int row, float* logit) {
+  const u64* words = c.p.router_words + row * NUM_EXPERTS + c.lane * LANE_EXPERTS;
+  const bool some = c.lane * LANE_EXPERTS < NUM_EXPERTS;
+  u64 word[LANE_EXPERTS];
+  Patience patience;
+  for (bool fresh = !some; !fresh;) {
+    fresh = true;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i += 2) load_relaxed(words + i, word[i], word[i + 1]);
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) fresh &= is_fresh(word[i], c.epoch);
+    if (!fresh) patience.lose(c.p, FAILED_WORDS);
+  }
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) logit[i] = some ? word_float(word[i]) : -__int_as_float(0x7f800000);
+}
+
+// Writes the row's experts and their scores to Shared::chosen, chosen_weight. One warp.
+DEVICE void choose(const Consumer& c, int row, const float* logit, const float* bias) {
+  float score[LANE_EXPERTS];
+  u32 key[LANE_EXPERTS], best = 0;
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) {
+    score[i] = sigmoid(logit[i]);
+    const u32 bits = __float_as_uint(score[i] + bias[i]);
+    key[i] = bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // integers in the order of the floats
+    if (c.lane * LANE_EXPERTS >= NUM_EXPERTS) key[i] = 0;
+    best = max(best, key[i]);
+  }
+  // The TOP_K lanes with the largest maxima hold all winners, and nothing below the last of these maxima can win.
+  int rank = 0;
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    const u32 other = __shfl_sync(~0u, best, i);
+    rank += other > best || (other == best && i < c.lane);
+  }
+  const u32 threshold = __shfl_sync(~0u, best, __ffs(__ballot_sync(~0u, rank == TOP_K - 1)) - 1);
+  // Candidates, at most 64, in the order of lanes: key, score and expert. The sums' buffer is free here.
+  constexpr int CANDIDATES = TOP_K * LANE_EXPERTS;
+  const u32 keys = c.sums + row * (CANDIDATES * 12), scores = keys + CANDIDATES * 4, experts = scores + CANDIDATES * 4;
+  static_assert(MAX_ROWS * CANDIDATES * 12 <= SUMS_BYTES, "candidates do not fit");
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) {
+    const bool candidate = rank < TOP_K && key[i] >= threshold && c.lane * LANE_EXPERTS < NUM_EXPERTS;
+    const u32 lanes = __ballot_sync(~0u, candidate);
+    const int at = count + __popc(lanes & ((1u << c.lane) - 1));
+    if (candidate) {
+      sts32(keys + at * 4, key[i]);
+      sts32(scores + at * 4, __float_as_uint(score[i]));
+      sts32(experts + at * 4, c.lane * LANE_EXPERTS + i);
+    }
+    count += __popc(lanes);
+  }
+  __syncwarp();
+  for (int mine = c.lane; mine < count; mine += 32) {
+    const u32 my_key = lds32(keys + mine * 4), expert = lds32(experts + mine * 4);
+    int better = 0;
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+      const u32 other = lds32(keys + i * 4);
+      better += other > my_key || (other == my_key && lds32(experts + i * 4) < expert);
+    }
+    if (better < TOP_K) {
+      c.shared->chosen[row * TOP_K + better] = expert;
+      c.shared->chosen_weight[row * TOP_K + better] = lds_f32(scores + mine * 4);
+    }
+  }
+  __syncwarp();
+}
+
+DEVICE void choose_uniformly(const Consumer& c, int layer, int row) {
+  if (c.lane < TOP_K) {
+    const u32 position = c.shared->position[row], token = c.shared->token[row];
+    const u32 first = mix((u32)layer * 0x9E3779B1u ^ position * 0x85EBCA6Bu ^ token * 0xC2B2AE35u);
+    const u32 stride = 2 * ((mix(first) >> 1) & 127) + 1;  // odd: different experts where their number is a power of two
+    const int expert = (first + c.lane * stride) % NUM_EXPERTS;
+    const u64 word = load_relaxed(c.p.router_words + row * NUM_EXPERTS + expert);  // fresh: this warp has waited for all
+    c.shared->chosen[row * TOP_K + c.lane] = expert;
+    c.shared->chosen_weight[row * TOP_K + c.lane] = sigmoid(word_float(word));
+  }
+  __syncwarp();
+}
+
+// The experts of all rows, ascending, each with the rows that chose it. One warp.
+DEVICE void list_experts(const Consumer& c) {
+  Shared* s = c.shared;
+  int count = 0;
+#pragma unroll
+  for (int first = 0; first < NUM_EXPERTS; first += 32) {
+    const int expert = first + c.lane;
+    const u32 rows = expert < NUM_EXPERTS ? (s->expert_rows[expert / 4] >> (expert % 4 * 8)) & 0xff : 0;
+    const u32 lanes = __ballot_sync(~0u, rows != 0);
+    const int place = count + __popc(lanes & ((1u << c.lane) - 1));
+    if (rows) {
+      s->expert_list[place] = expert | rows << 16;
+      s->expert_place[expert] = (u8)place;
+    }
+    count += __popc(lanes);
+  }
+  if (c.lane == 0) s->num_experts = count;
+  __syncwarp();
+  if (c.lane == 0) mbarrier_arrive(shared_address(&s->routed));
+}
+
+DEVICE void router_stage(Consumer& c, int layer) {
+  Shared* s = c.shared;
+  const bool mine = c.warp < MAX_ROWS && ((c.rows >> c.warp) & 1);
+  float bias[LANE_EXPERTS];
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) {
+    const int expert = c.lane * LANE_EXPERTS + i;
+    bias[i] = mine && expert < NUM_EXPERTS ? __ldg(c.p.layers[layer].gate_bias + expert) : 0.f;
+  }
+  if (c.thread < NUM_EXPERTS / 4) s->expert_rows[c.thread] = 0;
+  consumers_sync();
+  if (mine) {
+    float logit[LANE_EXPERTS];
+    wait_logits(c, c.warp, logit);
+    if (c.p.uniform_routing) choose_uniformly(c, layer, c.warp);
+    else choose(c, c.warp, logit, bias);
+    const int pair = c.warp * TOP_K + c.lane;
+    const float weight = c.lane < TOP_K ? s->chosen_weight[pair] : 0.f;
+    const float total = warp_sum(weight);
+    if (c.lane < TOP_K) {
+      const int expert = s->chosen[pair];
+      s->chosen_weight[pair] = weight / total;
+      atomicOr(&s->expert_rows[expert / 4], (1u << c.warp) << (expert % 4 * 8));
+    }
+  }
+  consumers_sync();
+  if (c.warp == 0) list_experts(c);
+  consumers_sync();
+  const int pair = c.thread, row = pair / TOP_K;
+  if (pair < MAX_PAIRS && ((c.rows >> row) & 1)) s->pair_weight[s->expert_place[s->chosen[pair]]][row] = s->chosen_weight[pair];
+  // Read after the next barrier.
+}
