@@ -31,7 +31,10 @@ class Executor(Protocol):
         """Enqueue the sampling of a plan whose forward pass was enqueued."""
 
     def collect(self, timeout_s: float | None) -> StepResult | None:
-        """The oldest result not collected yet; None if it did not arrive within `timeout_s`."""
+        """The oldest result not collected yet; None if its step was not sampled within `timeout_s`.
+
+        A step that a GPU still computes is waited for, however long that takes.
+        """
 
     def stop(self) -> None:
         """Free everything. Safe to call twice and after a failure."""

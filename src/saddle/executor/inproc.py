@@ -1,7 +1,9 @@
 """One device in the engine's own process.
 
-With plans in flight the runner works in a thread, so that the next plan is built while this one computes (torch
-releases the interpreter's lock inside its operations). Without, it runs in the caller.
+A device that only enqueues (a GPU) is driven by the caller: its two calls return while it computes, and `collect`
+waits for the oldest result. One that computes in those calls works in a thread if plans are in flight, so that the
+next plan is built meanwhile (torch releases the interpreter's lock inside its operations). A GPU gets no thread: it
+would fight the engine for that lock, which changes hands every 5 ms, three steps' time.
 """
 
 from __future__ import annotations
@@ -18,15 +20,23 @@ from saddle.plan.memory import plan_device
 from saddle.protocol import DeviceMemory, StepMask, StepPlan, StepResult
 
 
+class Handle(Protocol):
+    """A step that was sampled."""
+
+    def wait(self) -> StepResult: ...
+
+
 class Device(Protocol):
-    """What runs here: `runner.Runner`."""
+    """What runs here: `runner.Runner`. `waits`: whether its calls return only when the device is done."""
 
     @property
     def config(self) -> EngineConfig: ...
+    @property
+    def waits(self) -> bool: ...
     def load(self, on_progress: ProgressFn) -> DeviceMemory: ...
     def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None: ...
     def forward(self, plan: StepPlan) -> None: ...
-    def sample(self, step_id: int, mask: StepMask | None) -> StepResult: ...
+    def sample(self, step_id: int, mask: StepMask | None) -> Handle: ...
 
 
 class InprocExecutor:
@@ -34,14 +44,14 @@ class InprocExecutor:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._jobs: queue.SimpleQueue[Callable[[], StepResult | None] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], Handle | None] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Handle | BaseException] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, on_progress: ProgressFn) -> DeviceInfo:
         info = plan_device(self._device.config, self._device.load(on_progress))
         self._device.allocate(info, on_progress)
-        if info.plans_in_flight:
+        if info.plans_in_flight and self._device.waits:
             self._thread = threading.Thread(target=self._work, name="device", daemon=True)
             self._thread.start()
         return info
@@ -54,34 +64,37 @@ class InprocExecutor:
 
     def collect(self, timeout_s: float | None) -> StepResult | None:
         try:
-            result = self._results.get(timeout=timeout_s)
+            found = self._results.get(timeout=timeout_s)
         except queue.Empty:
             return None
-        if isinstance(result, EngineError):
-            raise result
-        if isinstance(result, BaseException):
-            raise EngineError(f"{type(result).__name__}: {result}") from result
-        return result
+        try:
+            if isinstance(found, BaseException):
+                raise found
+            return found.wait()
+        except EngineError:
+            raise
+        except BaseException as error:
+            raise EngineError(f"{type(error).__name__}: {error}") from error
 
     def stop(self) -> None:
         if self._thread is not None and self._thread.is_alive():
             self._jobs.put(None)
             self._thread.join()
 
-    def _do(self, job: Callable[[], StepResult | None]) -> None:
+    def _do(self, job: Callable[[], Handle | None]) -> None:
         if self._thread is None:
             self._run(job)
         else:
             self._jobs.put(job)
 
-    def _run(self, job: Callable[[], StepResult | None]) -> None:
+    def _run(self, job: Callable[[], Handle | None]) -> None:
         try:
-            result = job()
+            handle = job()
         except BaseException as error:
             self._results.put(error)
             return
-        if result is not None:
-            self._results.put(result)
+        if handle is not None:
+            self._results.put(handle)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -157,10 +157,9 @@ def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
     asked = {"block_size": cache.block_size, "max_num_seqs": scheduler.max_num_seqs,
              "max_num_batched_tokens": scheduler.max_num_batched_tokens,
              "plans_in_flight": scheduler.plans_in_flight}  # fmt: skip
-    decisions = [
-        Decision(name, getattr(sizes, name), f"the default on a {memory.kind.upper()}" if value is None else FLAGS[name])
-        for name, value in asked.items()
-    ]
+    by_default = f"the default on a {memory.kind.upper()}"
+    decisions = [Decision(name, getattr(sizes, name), by_default if value is None else FLAGS[name])
+                 for name, value in asked.items()]  # fmt: skip
     if memory.kind == "cpu":
         budget = cpu_kv_bytes(memory.free_bytes, cache.kv_cache_memory_bytes)
     else:

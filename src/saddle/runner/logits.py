@@ -50,8 +50,14 @@ class RowEdits:
         return not self.bad_words and all(one is None for one in given)
 
 
-def edits_of(admit: RowAdmit, vocab_size: int, eos_ids: frozenset[int], device: torch.device) -> RowEdits | None:
-    """The edits that a request asks for, None for most."""
+def edits_of(
+    admit: RowAdmit, vocab_size: int, eos_ids: frozenset[int], device: torch.device, penalties: bool = True
+) -> RowEdits | None:
+    """The edits that a request asks for, None for most.
+
+    Args:
+        penalties: False where kernels apply them.
+    """
     params = admit.params
 
     def ids(values: list[int]) -> torch.Tensor:
@@ -71,7 +77,7 @@ def edits_of(admit: RowAdmit, vocab_size: int, eos_ids: frozenset[int], device: 
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)} & set(range(vocab_size))
     if params.min_tokens and stops:
         edits.until_min = ids(sorted(stops))
-    if params.has_penalties:
+    if params.has_penalties and penalties:
         edits.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         edits.in_prompt[ids(admit.token_ids[: admit.num_prompt])] = True
         output = ids(admit.token_ids[admit.num_prompt :])
@@ -132,15 +138,20 @@ def _ban_completions(logits: torch.Tensor, words: BadWords, written: torch.Tenso
         logits.index_add_(0, words.lasts, torch.where(follows, -torch.inf, 0.0))
 
 
+def check_mask(bits: bytes, vocab_size: int) -> None:
+    """Raise ValueError unless there are as many bits as the vocabulary needs."""
+    needed = 4 * -(-vocab_size // 32)
+    if len(bits) != needed:
+        raise ValueError(f"a mask of {vocab_size} ids has {needed} bytes, got {len(bits)}")
+
+
 def mask_bits(bits: bytes, vocab_size: int, device: torch.device) -> torch.Tensor:
     """[V] bool: True for the ids whose bit is set (little-endian bits, see `StepMask`).
 
     Raises:
         ValueError: there are not as many bits as the vocabulary needs.
     """
-    needed = 4 * -(-vocab_size // 32)
-    if len(bits) != needed:
-        raise ValueError(f"a mask of {vocab_size} ids has {needed} bytes, got {len(bits)}")
+    check_mask(bits, vocab_size)
     packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8).to(device)
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     return ((packed.unsqueeze(1) >> shifts) & 1).flatten()[:vocab_size].to(torch.bool)

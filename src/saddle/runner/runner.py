@@ -1,46 +1,34 @@
 """One device's work: load the model, then run plans, two launches a step.
 
-`forward(plan)` admits rows, makes the inputs and computes logits; `sample(step_id, mask)` draws the ids and returns
-them. A step that fails returns its error and leaves the other rows as they are; an error of the GPU itself ends the
-process, since nothing after it can be trusted.
+`forward(plan)` admits rows and computes logits; `sample(step_id, mask)` draws the ids and returns a handle, whose
+`wait` gives them. How steps are computed is a path, chosen once by what the device is (see `steps.StepPath`). A step
+that fails returns its error and leaves the other rows as they are; an error of the GPU itself ends the process, since
+nothing after it can be trusted.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from saddle.config import Decision, EngineConfig
-from saddle.errors import EngineError, StartupError
-from saddle.model import weights as loading
-from saddle.model.config import GenerationConfig, ModelConfig
-from saddle.model.m2 import MiniMaxM2
-from saddle.parallel.layout import ParallelLayout
-from saddle.protocol import (
-    DeviceInfo,
-    DeviceMemory,
-    ProgressFn,
-    RowAdmit,
-    RowPromptLogprobs,
-    RowWork,
-    SamplingParams,
-    StepMask,
-    StepPlan,
-    StepResult,
-)
-from saddle.runner import batch as batching
-from saddle.runner.rows import Rows
-from saddle.runner.sampler import Sampler
+from saddle.errors import EngineError
+from saddle.kernels.target import detect
+from saddle.model.config import ModelConfig
+from saddle.protocol import DeviceInfo, DeviceMemory, ProgressFn, StepMask, StepPlan, StepResult
+from saddle.runner.steps import Outcome, StepHandle, StepPath
+from saddle.runner.torch_path import TorchPath
 
 logger = logging.getLogger(__name__)
 
-KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-GPU_STEP_BYTES = 2 << 30
 CGROUPS = (  # folder, limit, use, and what of it are pages of files that can go: a checkpoint just read is all that
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -53,18 +41,8 @@ class Pending:
 
     plan: StepPlan
     began_s: float
-    batch: batching.Batch | None = None
-    logits: torch.Tensor | None = None
+    launched: Any = None
     error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Between `load` and `allocate`."""
-
-    shape: ModelConfig
-    weights: loading.ModelWeights
-    device: torch.device
 
 
 class Runner:
@@ -82,12 +60,8 @@ class Runner:
         self._folder = folder
         self._num_valid_tokens = num_valid_tokens
         self._pending: dict[int, Pending] = {}
-        self._loaded: Loaded
-        self._kv_dtype: torch.dtype
-        self._model: MiniMaxM2
-        self._kv: torch.Tensor
-        self._rows: Rows
-        self._sampler: Sampler
+        self._device: torch.device
+        self.path: StepPath
 
     # start -------------------------------------------------------------------------------------------------------
 
@@ -95,94 +69,75 @@ class Runner:
     def config(self) -> EngineConfig:
         return self._config
 
+    @property
+    def waits(self) -> bool:
+        """Whether `forward` and `sample` wait for the device."""
+        return self.path.waits
+
     def load(self, on_progress: ProgressFn) -> DeviceMemory:
         """Load the weights, and tell what is left beside them.
 
         Raises:
             StartupError: with what would work.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        decisions = [_device_decision(device)]
-        if device.type == "cpu":
-            decisions.append(_set_threads())
-        shape = ModelConfig.load(self._folder, self._config.load.hf_overrides)
-        dtype, why = loading.dtype_of(self._config.load.dtype, device)
-        decisions.append(Decision("dtype", str(dtype).removeprefix("torch."), why))
-        self._kv_dtype = self._choose_kv_dtype(dtype)
-        weights = loading.allocate(shape, ParallelLayout(), dtype, device)
-        line = self._fill(shape, weights, on_progress)
-        self._loaded = Loaded(shape, weights, device)
+        self._device = device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         on_cpu = device.type == "cpu"
+        lines = [str(_device_decision(device))]
+        if on_cpu:
+            lines.append(str(_set_threads()))
+        shape = ModelConfig.load(self._folder, self._config.load.hf_overrides)
+        self.path = path = self._choose_path(shape, lines, on_progress)
         return DeviceMemory(
             kind=device.type,
             total_bytes=total_memory() if on_cpu else torch.cuda.get_device_properties(device).total_memory,
             free_bytes=available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0],
-            weight_bytes=weights.num_bytes,
-            step_bytes=0 if on_cpu else GPU_STEP_BYTES,
-            bytes_per_token=shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * self._kv_dtype.itemsize,
+            weight_bytes=path.weight_bytes,
+            step_bytes=path.step_bytes,
+            bytes_per_token=path.bytes_per_token,
             vocab_size=shape.vocab_size,
             max_position_embeddings=shape.max_position_embeddings,
-            lines=[line, *map(str, decisions)],
+            lines=[path.lines[0], *lines, *path.lines[1:]],
         )
+
+    def _choose_path(self, shape: ModelConfig, lines: list[str], on_progress: ProgressFn) -> StepPath:
+        if self._device.type == "cuda":
+            target = detect(self._device)
+            if target.has_triton_path:
+                from saddle.runner.fused_path import FusedPath  # triton is not everywhere that torch is
+
+                return FusedPath(self._config, self._folder, shape, target, self._device, self._num_valid_tokens,
+                                 on_progress)  # fmt: skip
+            lines += target.decisions()
+        return TorchPath(self._config, self._folder, shape, self._device, self._num_valid_tokens, on_progress)
 
     def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None:
         """Allocate KV memory and rows as planned, and run the first steps."""
-        shape, weights, device = self._loaded.shape, self._loaded.weights, self._loaded.device
-        self._model = MiniMaxM2(shape, weights, info.max_model_len)
-        self._kv = self._model.allocate_kv(info.num_blocks, info.block_size, self._kv_dtype)
-        self._rows = Rows(info.max_num_seqs, info.max_model_len, info.block_size, shape.vocab_size, device)
-        valid = min(self._num_valid_tokens or shape.vocab_size, shape.vocab_size)
-        self._sampler = Sampler(self._rows, valid, GenerationConfig.load(self._folder).eos_ids)
         on_progress("warming up", 0.0, "")
         longest = min(info.max_model_len, info.num_blocks * info.block_size) - 1
-        self._warm_up(min(info.max_num_batched_tokens, longest))
-
-    def _fill(self, shape: ModelConfig, model_weights: loading.ModelWeights, on_progress: ProgressFn) -> str:
-        load = self._config.load
-        if load.load_format == "dummy":
-            loading.dummy(model_weights, load.seed)
-            return f"weights: random (--load-format dummy, seed {load.seed})"
-        return loading.load(self._folder, shape, ParallelLayout(), model_weights,
-                            lambda share, note: on_progress("loading weights", share, note))  # fmt: skip
-
-    def _choose_kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        name = self._config.cache.kv_cache_dtype
-        if name not in KV_DTYPES:
-            raise StartupError(f"--kv-cache-dtype must be one of {', '.join(KV_DTYPES)}, got {name!r}.")
-        return KV_DTYPES[name] or dtype
-
-    def _warm_up(self, num_tokens: int) -> None:
-        """Run a prompt and a decoding step through everything, so that the first request pays for nothing."""
-        num_blocks = -(-(num_tokens + 1) // self._rows.block_size)
-        params = SamplingParams(top_k=40, top_p=0.95, max_tokens=2, seed=0)
-        admit = RowAdmit(0, 0, [0] * num_tokens, num_tokens, 0, list(range(num_blocks)), params, 0)
-        for number, (admits, length) in enumerate((([admit], num_tokens), ([], 1))):
-            work = RowWork(0, 0, length, 0, [], True, num_tokens + 1)
-            self.forward(StepPlan(-1 - number, admits, [work], []))
-            result = self.sample(-1 - number, None)
-            if result.error is not None:
-                raise EngineError(f"The first step failed: {result.error}")
-        self._rows.epochs[0] = -1
+        with torch.inference_mode():
+            self.path.allocate(info, on_progress)
+            try:
+                self.path.warm_up(min(info.max_num_batched_tokens, longest), on_progress)
+            except Exception as error:
+                raise EngineError(f"The first step failed: {type(error).__name__}: {error}") from error
 
     # steps -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
-        """Compute a plan's logits. Failures are kept for `sample` to report."""
+        """Enqueue a plan's forward pass. Failures are kept for the result to report."""
         pending = self._pending[plan.step_id] = Pending(plan, time.perf_counter())
         try:
             for admit in plan.admits:
-                self._rows.admit(admit)
-                self._sampler.admit(admit)
+                self.path.admit(admit)
             if plan.work:
-                pending.batch = batching.build(plan.work, self._rows)
-                pending.logits = self._model.forward(pending.batch.inputs, self._kv)
+                pending.launched = self.path.forward(plan.work)
         except Exception as error:
             pending.error = self._survivable(error)
 
     @torch.inference_mode()
-    def sample(self, step_id: int, mask: StepMask | None) -> StepResult:
-        """Draw the ids of a step whose `forward` was called.
+    def sample(self, step_id: int, mask: StepMask | None) -> StepHandle:
+        """Enqueue the sampling of a step whose `forward` was called; the handle's `wait` gives its result.
 
         Raises:
             EngineError: the GPU failed, or there was no such step.
@@ -190,40 +145,29 @@ class Runner:
         pending = self._pending.pop(step_id, None)
         if pending is None:
             raise EngineError(f"Step {step_id} was to be sampled, but no forward pass of it is pending.")
-        result = StepResult(step_id, [], [])
-        if pending.error is None and pending.batch is not None and pending.logits is not None:
+        read: Callable[[], Outcome] | None = None
+        if pending.error is None and pending.launched is not None:
             try:
-                result = self._sample(pending.batch, pending.logits, step_id, mask)
+                read = self.path.sample(pending.launched, mask)
             except Exception as error:
                 pending.error = self._survivable(error)
         seconds = time.perf_counter() - pending.began_s
-        return StepResult(step_id, result.samples, result.prompt_logprobs, pending.error, seconds)
+        return StepHandle(step_id, functools.partial(self._finish, pending, read, seconds))
 
-    def _sample(
-        self, batch: batching.Batch, logits: torch.Tensor, step_id: int, mask: StepMask | None
-    ) -> StepResult:
-        num_samples = len(batch.sampling)
-        prompt_logprobs = self._score_prompts(batch, logits[num_samples:])
-        samples = []
-        if num_samples:
-            samples = self._sampler.sample(logits[:num_samples], batch.sampling, batch.rows, batch.positions, mask)
-        return StepResult(step_id, samples, prompt_logprobs)
-
-    def _score_prompts(self, batch: batching.Batch, logits: torch.Tensor) -> list[RowPromptLogprobs]:
-        found, start = [], 0
-        for item, first in batch.scored:
-            own = logits[start : start + item.num_tokens]
-            start += item.num_tokens
-            count = min(item.num_tokens, self._rows.num_prompt[item.row] - 1 - first)
-            ids = self._rows.token_ids[item.row, first + 1 : first + 1 + count]
-            num_top = self._rows.params[item.row].prompt_logprobs or 0
-            entries = self._sampler.score_prompt(own[:count], ids, num_top)
-            found.append(RowPromptLogprobs(item.row, item.epoch, first + 1, entries))
-        return found
+    def _finish(self, pending: Pending, read: Callable[[], Outcome] | None, seconds: float) -> StepResult:
+        """Read what a step found; `seconds` is how long its two calls took."""
+        outcome = Outcome([], [])
+        if read is not None:
+            try:
+                outcome = read()
+            except Exception as error:
+                pending.error = self._survivable(error)
+        device_s = seconds if outcome.device_s is None else outcome.device_s
+        return StepResult(pending.plan.step_id, outcome.samples, outcome.prompt_logprobs, pending.error, device_s)
 
     def _survivable(self, error: Exception) -> str:
         """The message of a failed step; raises when the device itself is broken."""
-        if self._rows.device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
+        if self._device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
             try:
                 torch.cuda.synchronize()
             except RuntimeError as broken:

@@ -38,7 +38,7 @@ class Plans:
     """
 
     def __init__(self, runner: Runner, info: DeviceInfo, order: int = 0) -> None:
-        self.runner, self.block_size = runner, info.block_size
+        self.runner, self.block_size, self.vocab_size = runner, info.block_size, info.vocab_size
         self.free = list(range(info.num_blocks))
         random.Random(order).shuffle(self.free)
         self.rows: dict[int, RowState] = {}
@@ -81,7 +81,7 @@ class Plans:
     def run(self, plan: StepPlan, mask: StepMask | None = None) -> StepResult:
         """One step from end to end, its ids taken up."""
         self.runner.forward(plan)
-        result = self.runner.sample(plan.step_id, mask)
+        result = self.runner.sample(plan.step_id, mask).wait()
         self.take(result)
         return result
 

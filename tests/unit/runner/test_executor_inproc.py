@@ -17,10 +17,22 @@ MEMORY = DeviceMemory(kind="cpu", total_bytes=1 << 30, free_bytes=1 << 28, weigh
                       bytes_per_token=64, vocab_size=8, max_position_embeddings=64, lines=["found"])  # fmt: skip
 
 
+class Handle:
+    """A step; calls the hook when somebody waits for it."""
+
+    def __init__(self, device: Device, result: StepResult) -> None:
+        self._device, self._result = device, result
+
+    def wait(self) -> StepResult:
+        self._device._note("wait", self._result.step_id)
+        return self._result
+
+
 class Device:
     """Answers each step; calls a hook before whatever it does."""
 
-    def __init__(self, plans_in_flight: int) -> None:
+    def __init__(self, plans_in_flight: int, waits: bool = True) -> None:
+        self.waits = waits
         scheduler = SchedulerConfig(max_num_seqs=3, plans_in_flight=plans_in_flight)
         self.config = EngineConfig(load=LoadConfig(model=""), scheduler=scheduler)
         self.calls: list[tuple[str, int]] = []
@@ -45,9 +57,9 @@ class Device:
     def forward(self, plan: StepPlan) -> None:
         self._note("forward", plan.step_id)
 
-    def sample(self, step_id: int, mask: StepMask | None) -> StepResult:
+    def sample(self, step_id: int, mask: StepMask | None) -> Handle:
         self._note("sample", step_id)
-        return StepResult(step_id, [], [], error=None if mask is None else str(mask.rows))
+        return Handle(self, StepResult(step_id, [], [], error=None if mask is None else str(mask.rows)))
 
 
 @pytest.fixture(params=[0, 1])
@@ -75,7 +87,9 @@ def test_steps_in_order(made: tuple[Device, InprocExecutor]) -> None:
     found = [executor.collect(5.0) for _ in range(5)]
     assert [result.step_id for result in found if result is not None] == [0, 1, 2, 3, 4]
     assert [result.error for result in found if result is not None] == [None, None, None, "[3]", None]
-    assert device.calls[2:] == [(name, step) for step in range(5) for name in ("forward", "sample")]
+    calls = [call for call in device.calls[2:] if call[0] != "wait"]
+    assert calls == [(name, step) for step in range(5) for name in ("forward", "sample")]
+    assert [step for name, step in device.calls if name == "wait"] == [0, 1, 2, 3, 4]
     assert executor.collect(0.01) is None
 
 
@@ -109,7 +123,20 @@ def test_without_plans_in_flight_there_is_no_thread() -> None:
     assert device.threads == {threading.current_thread().name}
 
 
-@pytest.mark.parametrize("where", ["forward", "sample"])
+def test_a_device_that_only_enqueues_is_driven_by_the_caller_and_waited_for_last() -> None:
+    device = Device(1, waits=False)
+    executor = InprocExecutor(device)
+    executor.start(lambda phase, share, note: None)
+    for step in range(2):
+        executor.forward(plan(step))
+        executor.sample(step, None)
+    assert executor.collect(0) == StepResult(0, [], [])
+    executor.stop()
+    wanted = [("forward", 0), ("sample", 0), ("forward", 1), ("sample", 1), ("wait", 0)]
+    assert device.calls[2:] == wanted and device.threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize("where", ["forward", "sample", "wait"])
 def test_a_device_that_cannot_go_on(made: tuple[Device, InprocExecutor], where: str) -> None:
     device, executor = made
 

@@ -60,7 +60,7 @@ def test_what_is_asked_for_is_what_is_done(folder: Path) -> None:
     assert (info.block_size, info.max_num_seqs, info.max_num_batched_tokens) == (8, 3, 24)
     assert info.max_model_len == 96 and "--max-model-len" in line(info, "max_model_len")
     assert info.num_blocks == 3 * 96 // 8
-    assert runner._kv.dtype == torch.bfloat16 and "--dtype" in line(info, "dtype")
+    assert runner.path._kv.dtype == torch.bfloat16 and "--dtype" in line(info, "dtype")
 
 
 def test_auto_is_the_largest_context_that_fits(folder: Path) -> None:
@@ -116,7 +116,7 @@ def test_progress_names_its_phases(folder: Path) -> None:
 def test_the_first_steps_leave_no_request_behind(folder: Path) -> None:
     runner, _ = load(folder, max_model_len=64)
     runner.forward(StepPlan(1, [], [RowWork(0, 0, 1, 0, [], True, 64)], []))
-    assert "row 0 is at epoch -1" in str(runner.sample(1, None).error)
+    assert "row 0 is at epoch -1" in str(runner.sample(1, None).wait().error)
 
 
 def test_ids_behind_the_tokenizer_are_not_sampled(folder: Path) -> None:

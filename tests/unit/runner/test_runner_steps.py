@@ -128,7 +128,7 @@ def test_plans_are_built_before_ids_are_known(plans: Plans, alone: dict[int, lis
     queue += [plans.plan([], [plans.work(row, 1) for row in prompts]) for _ in range(OUTPUT - 1)]
     for plan in queue:
         plans.runner.forward(plan)
-        plans.take(plans.runner.sample(plan.step_id, None))
+        plans.take(plans.runner.sample(plan.step_id, None).wait())
     assert {row: plans.output(row) for row in prompts} == {row: alone[row] for row in prompts}
 
 
@@ -160,7 +160,7 @@ def test_a_masked_row_takes_what_its_mask_allows(plans: Plans) -> None:
     ids = prompt_of(12, 4)
     admits = [plans.admit(0, ids), plans.admit(1, ids)]
     plan = plans.plan(admits, [plans.work(0, 12), plans.work(1, 12)], masked=[1])
-    size = plans.runner._rows.vocab_size
+    size = plans.vocab_size
     result = plans.run(plan, StepMask(plan.step_id, [1], [(1 << 77).to_bytes(4 * -(-size // 32), "little")]))
     free, bound = (sample.token_ids for sample in result.samples)
     assert bound == [77] and free != [77]
@@ -175,10 +175,10 @@ def test_a_masked_row_takes_what_its_mask_allows(plans: Plans) -> None:
 def test_a_plan_for_an_older_epoch_fails_and_the_row_goes_on(plans: Plans, alone: dict[int, list[int]]) -> None:
     prompt = prompt_of(LENGTHS[4], 4)
     plans.start(4, prompt)
-    before = list(plans.runner._rows.num_known)
+    before = list(plans.runner.path.rows.num_known)
     result = plans.run(plans.plan([], [RowWork(4, plans.epochs[4] + 1, 1, 0, [], True, 99)]))
     assert result.error is not None and "row 4 is at epoch 1, the plan says 2" in result.error
-    assert result.samples == [] and plans.runner._rows.num_known == before
+    assert result.samples == [] and plans.runner.path.rows.num_known == before
     plans.finish([4], OUTPUT)
     assert plans.output(4) == alone[4]
 
@@ -194,7 +194,7 @@ def test_a_failed_step_leaves_the_other_rows_as_they_were(
         raise RuntimeError("out of order")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plans.runner._model, "forward", broken)
+        patch.setattr(plans.runner.path._model, "forward", broken)
         other = plans.admit(0, prompt_of(30, 1))
         result = plans.run(plans.plan([other], [plans.work(0, 30)]))
     assert result.error == "RuntimeError: out of order" and result.samples == []
@@ -226,8 +226,8 @@ def test_sampling_what_was_not_computed_is_an_error(plans: Plans) -> None:
 
 def all_logprobs(plans: Plans, ids: list[int]) -> torch.Tensor:
     """[n, V]: after each prefix, sampled one by one with logprobs of the whole vocabulary."""
-    params = SamplingParams(temperature=0.0, logprobs=plans.runner._rows.vocab_size)
-    table = torch.zeros(len(ids), plans.runner._rows.vocab_size)
+    params = SamplingParams(temperature=0.0, logprobs=plans.vocab_size)
+    table = torch.zeros(len(ids), plans.vocab_size)
     for length in range(1, len(ids) + 1):
         admit = plans.admit(17, ids[:length], params)
         (sample,) = plans.step(plans.work(17, length), admits=[admit]).samples

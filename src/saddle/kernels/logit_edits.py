@@ -1,0 +1,131 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Edits of logits that touch a whole row: grammar masks and penalties, in place, for the slots that ask.
+
+    mask_rows      ids whose bit is 0 become -inf
+    mark_tokens    at admission: which ids a row's prompt has, and how often its output has each
+    penalise_rows  repetition, presence and frequency penalty
+    count_tokens   after sampling: one more of the drawn id
+
+A row's counts are [V] int32: bit 30 says that the id is in the prompt, the rest counts the output.
+Reference: `runner.logits`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from saddle.kernels.row_state import FREQUENCY, PRESENCE, REPETITION, ROW_WIDTH
+
+CHUNK = 4096
+IN_PROMPT = tl.constexpr(1 << 30)
+MARK_BLOCK = 1024
+
+
+@triton.jit
+def _mask_rows(logits, stride, slots, bits, num_words, vocab_size, CHUNK: tl.constexpr):
+    index = tl.program_id(0)
+    slot = tl.load(slots + index).to(tl.int64)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = ids < vocab_size
+    word = tl.load(bits + index.to(tl.int64) * num_words + ids // 32, mask=inside, other=-1)
+    tl.store(logits + slot * stride + ids, -float("inf"), mask=inside & (((word >> (ids % 32)) & 1) == 0))
+
+
+def mask_rows(logits: torch.Tensor, slots: torch.Tensor, bits: torch.Tensor) -> None:
+    """Allow only the ids whose bit is set.
+
+    Args:
+        logits: [S, V] float32, changed in place; rows may be strided.
+        slots: [N] int32, which rows of `logits`.
+        bits: [N, ceil(V / 32)] int32, little-endian.
+    """
+    vocab_size = logits.shape[1]
+    _mask_rows[(len(slots), triton.cdiv(vocab_size, CHUNK))](
+        logits, logits.stride(0), slots, bits, bits.shape[1], vocab_size, CHUNK=CHUNK, num_warps=4
+    )
+
+
+@triton.jit(do_not_specialize=["num_prompt", "num_tokens"])
+def _mark_tokens(row_tokens, counts, num_prompt, num_tokens, MARK_BLOCK: tl.constexpr):
+    place = tl.program_id(0) * MARK_BLOCK + tl.arange(0, MARK_BLOCK)
+    inside = place < num_tokens
+    token = tl.load(row_tokens + place, mask=inside, other=0)
+    tl.atomic_or(counts + token, IN_PROMPT, mask=inside & (place < num_prompt))
+    tl.atomic_add(counts + token, 1, mask=inside & (place >= num_prompt))
+
+
+def mark_tokens(row_tokens: torch.Tensor, counts: torch.Tensor, num_prompt: int) -> None:
+    """Count the tokens of a row that was admitted.
+
+    Args:
+        row_tokens: [N] int32, prompt and output so far.
+        counts: [V] int32, overwritten.
+    """
+    counts.zero_()
+    _mark_tokens[(triton.cdiv(len(row_tokens), MARK_BLOCK),)](
+        row_tokens, counts, num_prompt, len(row_tokens), MARK_BLOCK=MARK_BLOCK
+    )
+
+
+@triton.jit
+def _penalise_rows(
+    logits, stride, slots, rows, state, counts, vocab_size, STATE_WIDTH: tl.constexpr, CHUNK: tl.constexpr
+):
+    slot = tl.load(slots + tl.program_id(0)).to(tl.int64)
+    row = tl.load(rows + slot).to(tl.int64)
+    row_state = state + row * STATE_WIDTH
+    repetition = tl.load(row_state + REPETITION).to(tl.float32, bitcast=True)
+    presence = tl.load(row_state + PRESENCE).to(tl.float32, bitcast=True)
+    frequency = tl.load(row_state + FREQUENCY).to(tl.float32, bitcast=True)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    count = tl.load(counts + row * vocab_size + ids, mask=ids < vocab_size, other=0)
+    came = count != 0  # most did not: their logits are not even read
+    place = logits + slot * stride + ids
+    value = tl.load(place, mask=came, other=0.0)
+    value = tl.where(value > 0, value / repetition, value * repetition)
+    in_output = count & (IN_PROMPT - 1)
+    value -= tl.where(in_output > 0, presence, 0.0) + frequency * in_output.to(tl.float32)
+    tl.store(place, value, mask=came)
+
+
+def penalise_rows(
+    logits: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, state: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """Apply the penalties of the rows.
+
+    Args:
+        logits: [S, V] float32, changed in place.
+        slots: [N] int32, which rows of `logits`.
+        rows: [S] int32, the device's row of each slot.
+        state: [num_rows, ROW_WIDTH] int32, with the penalties.
+        counts: [num_rows, V] int32.
+    """
+    vocab_size = logits.shape[1]
+    _penalise_rows[(len(slots), triton.cdiv(vocab_size, CHUNK))](
+        logits, logits.stride(0), slots, rows, state, counts, vocab_size, STATE_WIDTH=ROW_WIDTH, CHUNK=CHUNK,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _count_tokens(slots, rows, drawn, counts, vocab_size, num_slots, LANES: tl.constexpr):
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    inside = lane < num_slots
+    slot = tl.load(slots + lane, mask=inside, other=0)
+    row = tl.load(rows + slot, mask=inside, other=0).to(tl.int64)
+    place = counts + row * vocab_size + tl.load(drawn + slot, mask=inside, other=0)
+    tl.store(place, tl.load(place, mask=inside, other=0) + 1, mask=inside)
+
+
+def count_tokens(slots: torch.Tensor, rows: torch.Tensor, drawn: torch.Tensor, counts: torch.Tensor) -> None:
+    """One more of the id that each slot drew.
+
+    Args:
+        slots: [N] int32, all different; rows, drawn: [S] int32, by slot.
+        counts: [num_rows, V] int32.
+    """
+    _count_tokens[(triton.cdiv(len(slots), 128),)](
+        slots, rows, drawn, counts, counts.shape[1], len(slots), LANES=128, num_warps=4
+    )

@@ -1,0 +1,260 @@
+"""Steps on a GPU through the fused kernels: everything is enqueued, nothing waits.
+
+A decode step is an upload of a few numbers, a graph of the forward pass and a graph of plain sampling; the ids go to
+pinned memory behind an event, and are read when the engine asks for them. Rows that ask for more than plain sampling
+make that second half a handful of launches. Steps with prompts are launched kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saddle.config import EngineConfig
+from saddle.kernels.target import Target
+from saddle.model import packed
+from saddle.model.config import GenerationConfig, ModelConfig
+from saddle.model.fused import FusedMiniMaxM2
+from saddle.model.kv_memory import KVMemory, kind_of
+from saddle.parallel.layout import ParallelLayout
+from saddle.protocol import (
+    DeviceInfo,
+    ProgressFn,
+    RowAdmit,
+    RowPromptLogprobs,
+    RowWork,
+    SamplingParams,
+    StepMask,
+)
+from saddle.runner.device_batch import DeviceBatch, DeviceBatcher
+from saddle.runner.device_rows import DeviceRows
+from saddle.runner.device_sampler import DeviceSampler, Drawn, to_samples
+from saddle.runner.graphs import DecodeGraphs
+from saddle.runner.sampler import to_logprobs
+from saddle.runner.steps import Outcome
+
+logger = logging.getLogger(__name__)
+
+# Taken by the CUDA context, loaded kernels and a step's temporaries, beside what is counted one by one.
+RESERVE_BYTES = 1 << 30
+# Of a graph with some 500 kernels: its nodes and their arguments, forward and sampling together.
+GRAPH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step between its two launches: logits [S, vocab], or hidden states where there are more than fit."""
+
+    batch: DeviceBatch
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+    began: torch.cuda.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities of a row's prompt, on their way to the host: as `sampler.score` gives them."""
+
+    item: RowWork
+    first: int
+    num_top: int
+    scores: torch.Tensor
+
+
+class FusedPath:
+    """See `steps.StepPath`.
+
+    Args:
+        num_valid_tokens: ids that the tokenizer knows; the rest of the embedding is padding. None: all are valid.
+
+    Raises:
+        StartupError: with what would work.
+    """
+
+    waits = False
+
+    def __init__(
+        self, config: EngineConfig, folder: Path, shape: ModelConfig, target: Target, device: torch.device,
+        num_valid_tokens: int | None, on_progress: ProgressFn,
+    ) -> None:  # fmt: skip
+        self._config, self._shape, self._target, self._device = config, shape, target, device
+        self._num_valid = min(num_valid_tokens or shape.vocab_size, shape.vocab_size)
+        self._eos_ids = GenerationConfig.load(folder).eos_ids
+        self._kind = kind_of(config.cache.kv_cache_dtype)
+        layout = ParallelLayout()
+        self._weights = packed.allocate(shape, layout, device, fnuz=target.is_fnuz)
+        self.is_dummy = config.load.load_format == "dummy"
+        if self.is_dummy:
+            packed.dummy(self._weights, config.load.seed)
+            line = (f"weights: random (--load-format dummy, seed {config.load.seed}); experts are a hash of layer, "
+                    "position and token, because random weights would route unevenly")  # fmt: skip
+        else:
+            line = packed.load(folder, shape, layout, self._weights,
+                               lambda share, note: on_progress("loading weights", share, note))  # fmt: skip
+        self.weight_bytes = self._weights.num_bytes
+        self.bytes_per_token = KVMemory.bytes_per_token(shape, self._kind)
+        sizes = config.sizes("cuda")
+        self.step_bytes = self._count_step_bytes(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.block_size)
+        self.lines = [line, *target.decisions(), *packed.formats(shape, layout, target.is_fnuz).lines,
+                      *map(str, config.compile.decisions(sizes.max_num_seqs))]  # fmt: skip
+        self.num_launches = 0  # graphs or eager halves of the last step
+        self.rows: DeviceRows
+        self.model: FusedMiniMaxM2
+        self.kv: KVMemory
+        self._batcher: DeviceBatcher
+        self._sampler: DeviceSampler
+        self._graphs: DecodeGraphs
+        self._logits: dict[int, torch.Tensor] = {}  # of decode steps, by size
+
+    def _count_step_bytes(self, max_rows: int, max_tokens: int, block_size: int) -> int:
+        """What a step needs beside weights and KV memory, from the largest context that may be asked for."""
+        shape, asked = self._shape, self._config.scheduler.max_model_len
+        longest = min(asked or shape.max_position_embeddings, shape.max_position_embeddings)
+        return (
+            FusedMiniMaxM2.workspace_bytes_for(shape, max_tokens, max_rows, self._target)
+            + 2 * longest * (shape.rotary_dim // 2) * 4
+            + DeviceRows.num_bytes(max_rows, longest, block_size)
+            + DeviceSampler.num_bytes(max_rows, shape.vocab_size)
+            + GRAPH_BYTES * len(self._config.compile.capture_sizes(max_rows))
+            + RESERVE_BYTES
+        )
+
+    def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None:
+        longest = info.max_model_len
+        self.model = FusedMiniMaxM2(
+            self._shape, self._weights, max_positions=longest, max_tokens=info.max_num_batched_tokens,
+            max_rows=info.max_num_seqs, target=self._target, uniform_routing=self.is_dummy,
+        )  # fmt: skip
+        self.kv = self.model.allocate_kv(info.num_blocks, info.block_size, self._kind)
+        self.rows = DeviceRows(info.max_num_seqs, longest, info.block_size, info.vocab_size, self._device)
+        self._batcher = DeviceBatcher(self.rows, longest)
+        self._sampler = DeviceSampler(self.rows, self._num_valid, self._eos_ids)
+        self._graphs = DecodeGraphs(self._config.compile.capture_sizes(info.max_num_seqs))
+
+    # warming up --------------------------------------------------------------------------------------------------
+
+    def warm_up(self, num_tokens: int, on_progress: ProgressFn) -> None:
+        """Compile what prompts of every size class and every kind of sampling need, then capture the graphs."""
+        lengths = [1 << power for power in range(num_tokens.bit_length()) if 1 << power < num_tokens] + [num_tokens]
+        params = SamplingParams(top_k=40, top_p=0.95, logprobs=1, presence_penalty=0.1, logit_bias={0: 0.0})
+        for number, length in enumerate(lengths):
+            on_progress("warming up", number / (2 * len(lengths)), f"a prompt of {length} tokens")
+            self._run_prompt(length, params if number == 0 else SamplingParams())
+        self._batcher.pad()
+        self._graphs.capture(
+            self._decode,
+            self._sample_plain,
+            lambda done, count: on_progress("warming up", 0.5 + done / (2 * count), f"graph {done + 1} of {count}"),
+        )
+        torch.cuda.synchronize()
+
+    def _run_prompt(self, length: int, params: SamplingParams) -> None:
+        """A prompt and a decoding step, in the row and the blocks of whoever comes first."""
+        blocks = list(range(-(-(length + 1) // self.rows.block_size)))
+        self.admit(RowAdmit(0, 0, [0] * length, length, 0, blocks, params, 0))
+        everything = b"\xff" * (4 * -(-self._shape.vocab_size // 32))
+        mask = StepMask(-1, [0], [everything]) if params.logprobs is not None else None
+        for count in (length, 1):
+            self.sample(self.forward([RowWork(0, 0, count, 0, [], True, length + 1)]), mask)()
+        self.rows.epochs[0] = -1
+
+    # steps -------------------------------------------------------------------------------------------------------
+
+    def admit(self, admit: RowAdmit) -> None:
+        self.rows.admit(admit)
+        self._sampler.admit(admit)
+
+    def forward(self, work: list[RowWork]) -> Launched:
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        began.record()
+        self.num_launches = 1
+        if not self._batcher.is_decode(work):
+            batch = self._batcher.mixed(work)
+            hidden = self.model.hidden(batch.inputs, self.kv)
+            logits = None if batch.scored else self.model.logits(hidden)
+            return Launched(batch, logits, hidden, began)
+        size = self._graphs.size_for(len(work))
+        batch = self._batcher.decode(work, size or len(work))
+        if size:
+            self._graphs.forward(size)
+        else:
+            self._decode(len(work))
+        return Launched(batch, self._logits[size or len(work)], None, began)
+
+    def _decode(self, size: int) -> None:
+        self._batcher.launch_decode(size)
+        # A view of the work space: the same memory in every step of this size.
+        self._logits[size] = self.model.forward(self._batcher.decode_inputs(size), self.kv)
+
+    def _sample_plain(self, size: int) -> None:
+        inputs = self._batcher.decode_inputs(size)
+        self._sampler.launch(self._logits[size], inputs.row_ids, inputs.context_lens)
+
+    def sample(self, launched: Launched, mask: StepMask | None) -> Callable[[], Outcome]:
+        batch, logits = launched.batch, launched.logits
+        self.num_launches += 1
+        scored = self._score_prompts(launched) if batch.scored else []
+        drawn: Drawn | None = None
+        if batch.sampling:
+            if logits is None:
+                assert launched.hidden is not None
+                logits = self.model.logits(launched.hidden[: len(batch.sampling)])
+            drawn = self._draw(batch, logits, mask)
+        ids = _to_host(drawn.ids) if drawn is not None else None
+        numbers = _to_host(drawn.scores) if drawn is not None and drawn.scores is not None else None
+        prompts = [Scored(one.item, one.first, one.num_top, _to_host(one.scores)) for one in scored]
+        done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        done.record()
+
+        def finish() -> Outcome:
+            done.synchronize()
+            samples = []
+            if drawn is not None and ids is not None:
+                samples = to_samples(drawn, ids.tolist(), [] if numbers is None else numbers.flatten().tolist())
+            found = [
+                RowPromptLogprobs(one.item.row, one.item.epoch, one.first + 1,
+                                  to_logprobs(one.scores.flatten().tolist(), one.scores.shape[1],
+                                              [one.num_top] * len(one.scores)))
+                for one in prompts
+            ]  # fmt: skip
+            return Outcome(samples, found, launched.began.elapsed_time(done) / 1000)
+
+        return finish
+
+    def _draw(self, batch: DeviceBatch, logits: torch.Tensor, mask: StepMask | None) -> Drawn:
+        work = batch.sampling
+        if not self._sampler.is_plain(work, mask):
+            return self._sampler.sample(logits, work, batch.rows, batch.positions, mask)
+        if batch.size in self._graphs.sizes:
+            self._graphs.sample(batch.size)
+            return Drawn(work, self._sampler.ids[: len(work)], None, {})
+        return Drawn(work, self._sampler.launch(logits, batch.rows, batch.positions), None, {})
+
+    def _score_prompts(self, launched: Launched) -> list[Scored]:
+        batch, hidden = launched.batch, launched.hidden
+        assert hidden is not None
+        found, start = [], len(batch.sampling)
+        for item, first in batch.scored:
+            count = min(item.num_tokens, self.rows.num_prompt[item.row] - 1 - first)
+            num_top = self.rows.params[item.row].prompt_logprobs or 0
+            ids = self.rows.token_ids[item.row, first + 1 : first + 1 + count].to(torch.int64)
+            most = len(self.rows.epochs)
+            parts = [
+                self._sampler.score(self.model.logits(hidden[start + at : start + min(at + most, count)]),
+                                    ids[at : at + most], num_top)
+                for at in range(0, count, most)
+            ]  # fmt: skip
+            found.append(Scored(item, first, num_top, torch.cat(parts)))
+            start += item.num_tokens
+        return found
+
+
+def _to_host(found: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, complete when an event behind it is."""
+    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+    host.copy_(found, non_blocking=True)
+    return host
