@@ -27,10 +27,10 @@ from saddle.server.wire_responses import ResponsesBody
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 SUMMARIES = ("auto", "concise", "detailed")
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast", "ultrafast")
-ENCRYPTED = "reasoning.encrypted_content"
+ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
 # What other models' tools and inputs would add to an answer: this one has none, so nothing is left out.
 INCLUDABLE = (
-    ENCRYPTED, "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    ENCRYPTED, LOGPROBS, "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
 )  # fmt: skip
 REFUSED = {
@@ -38,7 +38,6 @@ REFUSED = {
     "prompt": "send the text of the prompt as input",
     "context_management": "shorten the input instead, or set truncation to auto",
     "moderation": "leave it out",
-    "top_logprobs": "use /v1/chat/completions with logprobs",
 }
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 SHARED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
@@ -52,6 +51,7 @@ class AskedResponse:
     id, key   public id, and its random part
     items   its own input
     fixed   fields of the response that are known before it begins
+    num_logprobs   most likely tokens to list beside each token of the answer, None for no log-probabilities
     shortens   leave out the oldest turns if the prompt is too long
     """
 
@@ -67,6 +67,7 @@ class AskedResponse:
     summary: bool
     seals: bool
     return_token_ids: bool
+    num_logprobs: int | None
     shortens: bool
 
 
@@ -126,7 +127,7 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
         mute_calls=muted,
         grammar=grammar,
         max_thinking_tokens=max_thinking,
-        want_tokens=bool(body.return_token_ids),
+        want_tokens=bool(body.return_token_ids) or params.logprobs is not None,
         cache_salt=body.cache_salt,
         priority=body.priority or 0,
     )
@@ -143,6 +144,7 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
         summary=_summary(body) is not None,
         seals=ENCRYPTED in (body.include or ()),
         return_token_ids=bool(body.return_token_ids),
+        num_logprobs=params.logprobs,
         shortens=body.truncation == "auto",
     )
 
@@ -206,7 +208,12 @@ def _summary(body: ResponsesBody) -> str | None:
 
 def _params(body: ResponsesBody, facts: Facts) -> SamplingParams:
     shared = SamplingBody(**{name: getattr(body, name) for name in SHARED_FIELDS})
-    return sampling_params(shared, facts, max_tokens=body.max_output_tokens, logprobs=None)
+    most = facts.config.max_logprobs
+    wanted = body.top_logprobs or (0 if LOGPROBS in (body.include or ()) else None)
+    if wanted is not None and (wanted < 0 or 0 <= most < wanted):
+        limit = "0 or more" if most < 0 else f"from 0 to {most} (--max-logprobs)"
+        raise InvalidRequest(f"top_logprobs must be {limit}, got {wanted}.", "top_logprobs")
+    return sampling_params(shared, facts, max_tokens=body.max_output_tokens, logprobs=wanted)
 
 
 def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer, items: list[str]) -> dict[str, Any]:
@@ -231,7 +238,7 @@ def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer
                  "verbosity": (text and text.verbosity) or "medium"},
         "tool_choice": body.tool_choice or "auto",
         "tools": [{"type": "function", **function} for function in offer.named],
-        "top_logprobs": 0,
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": params.top_p,
         "truncation": body.truncation or "disabled",
         "user": body.user,

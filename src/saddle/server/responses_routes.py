@@ -22,6 +22,7 @@ from saddle.server.replies import JSONReply, encode_json
 from saddle.server.responses import AskedResponse
 from saddle.server.responses_background import Follow, Run, offset_after
 from saddle.server.responses_items import Item, Seal
+from saddle.server.responses_logprobs import AnswerLogprobs
 from saddle.server.responses_store import ResponseStore, Stored
 from saddle.server.responses_stream import Answer
 from saddle.server.service import Service
@@ -153,6 +154,9 @@ class Responses:
                 job = dataclasses.replace(job, prompts=(dataclasses.replace(prompt, messages=messages),))
 
     def _answer(self, asked: AskedResponse, generation: Generation, on_end: Callable[[Answer], None] | None) -> Answer:
+        tokenizer, logprobs = self._service.tokenizer, None
+        if asked.num_logprobs is not None:
+            logprobs = AnswerLogprobs(tokenizer, asked.num_logprobs, tokenizer.is_thinking(generation.prompts[0]))
         return Answer(
             asked.id,
             asked.key,
@@ -162,6 +166,7 @@ class Responses:
             frames=asked.stream,
             queued=asked.background,
             on_end=on_end,
+            logprobs=logprobs,
             prompt_ids=generation.prompts[0] if asked.return_token_ids else None,
         )
 

@@ -24,6 +24,7 @@ from saddle.protocol import FinishReason, Usage
 from saddle.server.openai_parts import now
 from saddle.server.replies import encode_json, sanitised
 from saddle.server.responses_items import Item, Seal, call_item, message_item, reasoning_item, text_part
+from saddle.server.responses_logprobs import AnswerLogprobs
 
 ENDED = frozenset(("completed", "incomplete", "failed", "cancelled"))
 # The event that ends a stream. OpenAI has none for a response that was cancelled.
@@ -34,12 +35,13 @@ LAST_EVENTS = {"completed": "response.completed", "incomplete": "response.incomp
 class OpenItem:
     """An item under way. `kind` is "reasoning", "message" or "call"."""
 
-    __slots__ = ("call_id", "head", "id", "index", "kind", "name", "parts")
+    __slots__ = ("call_id", "head", "id", "index", "kind", "logprobs", "name", "parts")
 
     def __init__(self, kind: str, item_id: str, index: int, head: bytes, call_id: str = "", name: str = "") -> None:
         self.kind, self.id, self.index, self.head = kind, item_id, index, head
         self.call_id, self.name = call_id, name
         self.parts: list[str] = []
+        self.logprobs: list[Any] = []
 
     @property
     def text(self) -> str:
@@ -59,6 +61,7 @@ class Answer:
         frames: whether anybody reads server-sent events.
         queued: begins as "queued", and is in progress with its first event.
         on_end: called once, before the last frame is out.
+        logprobs: log-probabilities of the answer's tokens, None where nobody asked for them.
         prompt_ids: put into the body with the generated ids, None where they were not asked for.
     """
 
@@ -73,11 +76,13 @@ class Answer:
         frames: bool = False,
         queued: bool = False,
         on_end: Callable[[Answer], None] | None = None,
+        logprobs: AnswerLogprobs | None = None,
         prompt_ids: list[int] | None = None,
     ) -> None:
         self.id, self._key, self._seal = response_id, key, seal
         self._summary, self._writes = summary, frames
         self._on_end = on_end
+        self._logprobs, self._pending = logprobs, list[Any]()
         self._prompt_ids, self._token_ids = prompt_ids, list[int]()
         self._fixed = encode_json(fixed)[1:]
         self.status = "queued" if queued else "in_progress"
@@ -135,6 +140,8 @@ class Answer:
         elif isinstance(event, Tokens):
             if self._prompt_ids is not None:
                 self._token_ids += event.token_ids
+            if self._logprobs is not None:
+                self._pending += self._logprobs.of(event)
         elif isinstance(event, Done):
             self._done(event)
         elif isinstance(event, Failed):
@@ -165,7 +172,8 @@ class Answer:
         index = len(self.output)
         item_id = f"{'rs' if kind == 'reasoning' else 'msg'}_{self._key}_{index}"
         if kind == "message":
-            name, place = "response.output_text.delta", '"content_index":0,"logprobs":[]'
+            name, place = "response.output_text.delta", '"content_index":0'
+            place += "" if self._logprobs is not None else ',"logprobs":[]'
         elif self._summary:
             name, place = "response.reasoning_summary_text.delta", '"summary_index":0'
         else:
@@ -185,8 +193,13 @@ class Answer:
         item = self._open
         assert item is not None
         item.parts.append(text)
+        more = b""
+        if self._logprobs is not None and item.kind == "message":
+            more = b',"logprobs":%b' % encode_json(self._pending)
+            item.logprobs += self._pending
+            self._pending = []
         if self._writes:
-            self._frames.append(b'%b%d,"delta":%b}\n\n' % (item.head, self._sequence, encode_json(text)))
+            self._frames.append(b'%b%d%b,"delta":%b}\n\n' % (item.head, self._sequence, more, encode_json(text)))
             self._sequence += 1
 
     def _close(self, status: str) -> None:
@@ -195,11 +208,13 @@ class Answer:
         if item is None:
             return
         text = item.text
+        if item.kind == "message":
+            item.logprobs, self._pending = item.logprobs + self._pending, []
         place = {"item_id": item.id, "output_index": item.index}
         if item.kind == "call":
             self._frame("response.function_call_arguments.done", **place, name=item.name, arguments=text)
         elif item.kind == "message":
-            self._frame("response.output_text.done", **place, content_index=0, logprobs=[], text=text)
+            self._frame("response.output_text.done", **place, content_index=0, logprobs=item.logprobs, text=text)
             self._part("done", text)
         else:
             name = "response.reasoning_summary_text.done" if self._summary else "response.reasoning_text.done"
@@ -214,7 +229,7 @@ class Answer:
         """The part that an item of text has begins ("added") or ends ("done")."""
         item = self._open
         assert item is not None
-        part: Item = text_part(text)
+        part: Item = text_part(text, item.logprobs)
         name = "response.content_part."
         if item.kind == "reasoning":
             part = {"type": "summary_text" if self._summary else "reasoning_text", "text": text}
@@ -229,7 +244,7 @@ class Answer:
         if item.kind == "call":
             return call_item(item.id, item.call_id, item.name, text, status)
         if item.kind == "message":
-            return message_item(item.id, [text_part(text)] if text else [], status)
+            return message_item(item.id, [text_part(text, item.logprobs)] if text else [], status)
         sealed = self._seal.close(text) if self._seal is not None and status != "in_progress" else None
         return reasoning_item(item.id, text, status, summary=self._summary, sealed=sealed)
 

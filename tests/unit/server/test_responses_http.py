@@ -389,6 +389,29 @@ async def test_input_is_counted(tokenizer: Tokenizer) -> None:
                                        "input_tokens": reply["usage"]["input_tokens"]})  # fmt: skip
 
 
+@pytest.mark.parametrize("spoken", [["Hm", "</think>", "\n\n", "Yes", ", of course"], ["Hm</think>\n\nYes, of course"]])
+async def test_logprobs_are_those_of_the_answer(tokenizer: Tokenizer, spoken: list[str]) -> None:
+    pieces = [*spoken, *CALL[2:]]
+    body = {"input": "hi", "tools": [TOOL], "top_logprobs": 1, "include": ["message.output_text.logprobs"]}
+    async with running(tokenizer, words(tokenizer, *pieces)) as server:
+        told = await frames(server, body)
+        _, whole = await server.post(PATH, body)
+        _, without = await server.post(PATH, {"input": "hi", "tools": [TOOL]})
+        assert [request.params.logprobs for request in server.client.requests] == [1, 1, None]
+    (part,) = whole["output"][1]["content"]
+    names = [entry["token"] for entry in part["logprobs"]]
+    assert "".join(names).rstrip() == part["text"].rstrip() == "Yes, of course"
+    assert part["logprobs"][0]["top_logprobs"][0]["token"] == names[0]
+    (streamed,) = told[-1]["response"]["output"][1]["content"]
+    assert streamed == part
+    deltas = [entry for f in told if f["type"] == "response.output_text.delta" for entry in f["logprobs"]]
+    (done,) = [frame["logprobs"] for frame in told if frame["type"] == "response.output_text.done"]
+    assert done == part["logprobs"]
+    assert deltas == done[: len(deltas)]
+    assert len(deltas) > 3
+    assert without["output"][1]["content"][0]["logprobs"] == []
+
+
 async def test_nulls_mean_absent(tokenizer: Tokenizer) -> None:
     names = ["instructions", "tools", "tool_choice", "reasoning", "text", "include", "metadata", "store", "stream",
              "background", "max_output_tokens", "temperature", "previous_response_id", "truncation", "user",
@@ -437,14 +460,15 @@ WRONG: list[tuple[dict[str, Any], int, str, str]] = [
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, 400, "text.format.schema", "JSON schema"),
     ({"text": {"format": {"type": "json_schema", "schema": {"type": "wrong"}}}}, 400, "text.format.schema.type",
      "one of"),
-    ({"include": ["message.output_text.logprobs"]}, 400, "include.0", "one of"),
+    ({"include": ["message.output_video"]}, 400, "include.0", "one of"),
     ({"truncation": "middle"}, 400, "truncation", "auto, disabled"),
     ({"service_tier": "gold"}, 400, "service_tier", "one of"),
     ({"metadata": {"a": 1}}, 400, "metadata.a", "strings"),
     ({"metadata": {str(n): "" for n in range(17)}}, 400, "metadata", "at most 16"),
     ({"temperature": 3}, 400, "temperature", "between 0 and 2"),
     ({"top_p": 0}, 400, "top_p", "above 0"),
-    ({"top_logprobs": 5}, 400, "top_logprobs", "chat/completions"),
+    ({"top_logprobs": 21}, 400, "top_logprobs", "from 0 to 20"),
+    ({"top_logprobs": -1}, 400, "top_logprobs", "from 0 to 20"),
     ({"conversation": "conv_1"}, 400, "conversation", "previous_response_id"),
     ({"prompt": {"id": "pmpt_1"}}, 400, "prompt", "as input"),
     ({"context_management": [{"type": "compaction"}]}, 400, "context_management", "truncation"),

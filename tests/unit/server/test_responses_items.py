@@ -82,6 +82,10 @@ def test_turns_without_thinking_are_told_by_what_is_between() -> None:
     ]  # fmt: skip
 
 
+def test_a_message_of_the_user_ends_a_turn() -> None:
+    assert read(say("a"), user("go"), call("c1")).messages == [turn("a"), user("go"), turn("", "c1")]
+
+
 def test_calls_of_one_response_are_one_turn_even_with_results_between() -> None:
     mixed = [think("Hm", A), call("c1", A), result("c1"), call("c2", A, 3), result("c2")]
     assert read(*mixed).messages == [turn("", "c1", "c2", reasoning_content="Hm"), tool("c1"), tool("c2")]

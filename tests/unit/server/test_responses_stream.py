@@ -211,6 +211,10 @@ def test_seal_only_where_it_was_asked_for() -> None:
     assert seal.open(item["encrypted_content"]) == "Grüße"
     (item,) = whole([ReasoningDelta("Grüße"), STOP])["output"]
     assert item["encrypted_content"] is None
+    frames = told([ReasoningDelta("Grüße"), STOP], seal=seal)
+    sealed = [frame["item"]["encrypted_content"] for frame in frames if "item" in frame]
+    assert sealed[0] is None, "what has just begun is not sealed"
+    assert seal.open(sealed[1]) == "Grüße"
 
 
 def test_blank_text_is_no_item() -> None:
