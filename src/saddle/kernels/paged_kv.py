@@ -98,12 +98,12 @@ def read_tokens(kv: KVLayer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @triton.jit
-def swizzled(tokens, columns, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offsets [N, M] of numbers `columns` [M] (of 128) of tokens at offsets [N] of one block.
+def swizzled(tokens, columns, CHUNK: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Offsets [N, M] of `columns` [M] of tokens at offsets [N] of one block; WIDTH columns a token, CHUNK in 16 bytes.
 
     `columns` must be runs of at least CHUNK adjacent numbers that start at multiples of CHUNK: the hints promise it,
     and make loads and stores 16 bytes wide.
     """
     places = ((columns // CHUNK)[None, :] ^ (tokens % 8)[:, None]) * CHUNK + (columns % CHUNK)[None, :]
-    offsets = tokens[:, None] * 128 + places
+    offsets = tokens[:, None] * WIDTH + places
     return tl.max_contiguous(tl.multiple_of(offsets, (1, CHUNK)), (1, CHUNK))

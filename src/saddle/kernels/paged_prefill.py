@@ -164,7 +164,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         position = before + step
         seen = (before + first + 1) // KEYS * KEYS  # keys that the tile's first token sees, in whole turns
         end = tl.minimum(before + tl.minimum(first + TOKENS, length), context)
-        offsets = swizzled(tl.arange(0, KEYS) % 64, column, CHUNK)
+        offsets = swizzled(tl.arange(0, KEYS) % 64, column, CHUNK, 128)
         best = tl.full([BM], -1e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         result = tl.zeros([BM, 128], tl.float32)

@@ -57,9 +57,9 @@ def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, stat
     one = tl.zeros([1], tl.int32) + offset
     short = tl.arange(0, 32)
     mask = inside[:, None]
-    tl.store(token + swizzled(one, short, CHUNK), first.to(kv.dtype.element_ty), mask=mask)
-    tl.store(token + swizzled(one, 32 + short, CHUNK), second.to(kv.dtype.element_ty), mask=mask)
-    tl.store(token + swizzled(one, 64 + tl.arange(0, 64), CHUNK), rest.to(kv.dtype.element_ty), mask=mask)
+    tl.store(token + swizzled(one, short, CHUNK, 128), first.to(kv.dtype.element_ty), mask=mask)
+    tl.store(token + swizzled(one, 32 + short, CHUNK, 128), second.to(kv.dtype.element_ty), mask=mask)
+    tl.store(token + swizzled(one, 64 + tl.arange(0, 64), CHUNK, 128), rest.to(kv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
