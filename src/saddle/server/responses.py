@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from saddle.errors import InvalidRequest
@@ -19,7 +19,7 @@ from saddle.protocol import GrammarSpec, SamplingParams
 from saddle.server.constraints import check_sampling, chosen, combined
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import now
-from saddle.server.responses_items import Item, Reader, Seal, as_items
+from saddle.server.responses_items import Item, Reader, Seal, as_items, in_namespace
 from saddle.server.sampling import sampling_params
 from saddle.server.wire_openai import SamplingBody
 from saddle.server.wire_responses import ResponsesBody
@@ -50,6 +50,7 @@ class AskedResponse:
 
     id, key   public id, and its random part
     items   its own input
+    spaces   (namespace, name) of tools, by the name that the model knows
     fixed   fields of the response that are known before it begins
     num_logprobs   most likely tokens to list beside each token of the answer, None for no log-probabilities
     shortens   leave out the oldest turns if the prompt is too long
@@ -59,6 +60,7 @@ class AskedResponse:
     id: str
     key: str
     items: list[Item]
+    spaces: dict[str, tuple[str, str]]
     fixed: dict[str, Any]
     stream: bool
     store: bool
@@ -77,14 +79,18 @@ class Offer:
 
     functions   in the shape of the chat template
     named   the same with what grammars need
-    places   where each of them is among the tools of the request
+    places   where each of them is in the request, such as `tools.2` or `tools.3.tools.0`
+    spaces   (namespace, name) of those that come in one, by the name that the model knows
+    echo   what the response shows
     ignored   kinds of the tools that are no functions
     """
 
-    functions: list[dict[str, Any]]
-    named: list[dict[str, Any]]
-    places: list[int]
-    ignored: list[str]
+    functions: list[dict[str, Any]] = field(default_factory=list)
+    named: list[dict[str, Any]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    spaces: dict[str, tuple[str, str]] = field(default_factory=dict)
+    echo: list[dict[str, Any]] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
 
 def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Seal,
@@ -136,6 +142,7 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
         id=response_id,
         key=key,
         items=items,
+        spaces=offer.spaces,
         fixed=_fixed(body, model, params, offer, reader.ignored),
         stream=bool(body.stream),
         store=body.store is not False,
@@ -237,7 +244,7 @@ def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer
         "text": {"format": {"type": "text"} if text is None or text.format is None else text.format,
                  "verbosity": (text and text.verbosity) or "medium"},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [{"type": "function", **function} for function in offer.named],
+        "tools": offer.echo,
         "top_logprobs": body.top_logprobs or 0,
         "top_p": params.top_p,
         "truncation": body.truncation or "disabled",
@@ -253,31 +260,62 @@ def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer
 
 
 def _offer(tools: list[dict[str, Any]]) -> Offer:
-    """Function tools, and the kinds of the others."""
-    functions, named, places, ignored = [], [], [], list[str]()
+    """Function tools, those of namespaces among them, and the kinds of the others."""
+    offer = Offer()
     for number, tool in enumerate(tools):
         where, kind = f"tools.{number}", tool.get("type", "function")
         if not isinstance(kind, str):
             raise InvalidRequest(f"{where}.type must be a string.", f"{where}.type")
+        if kind == "function":
+            function = _function(tool.get("function", tool), where)
+            _add(offer, function, function["name"], where)
+            offer.echo.append({"type": "function", **function})
+        elif kind == "namespace":
+            _add_namespace(offer, tool, where)
+            offer.echo.append(tool)
+        elif kind not in offer.ignored:
+            offer.ignored.append(kind)
+    return offer
+
+
+def _add_namespace(offer: Offer, tool: dict[str, Any], where: str) -> None:
+    space, inner = tool.get("name"), tool.get("tools")
+    if not isinstance(space, str) or not space:
+        raise InvalidRequest(f"{where}.name must be a non-empty string.", f"{where}.name")
+    if not isinstance(inner, list):
+        raise InvalidRequest(f"{where}.tools must be a list of tools.", f"{where}.tools")
+    for place, each in enumerate(inner):
+        kind = each.get("type", "function") if isinstance(each, dict) else "function"
         if kind != "function":
-            if kind not in ignored:
-                ignored.append(kind)
+            if str(kind) not in offer.ignored:
+                offer.ignored.append(str(kind))
             continue
-        given = tool.get("function", tool)
-        name = given.get("name") if isinstance(given, dict) else None
-        if not isinstance(name, str) or not name:
-            raise InvalidRequest(f"{where}.name must be a non-empty string.", f"{where}.name")
-        parameters, description = given.get("parameters"), given.get("description")
-        if parameters is not None and not isinstance(parameters, dict):
-            raise InvalidRequest(f"{where}.parameters must be a JSON schema (an object).", f"{where}.parameters")
-        if description is not None and not isinstance(description, str):
-            raise InvalidRequest(f"{where}.description must be a string.", f"{where}.description")
-        function = {"name": name, "description": description, "parameters": parameters}
-        shown = {field: value for field, value in function.items() if value is not None}
-        functions.append({"type": "function", "function": shown})
-        named.append({**function, "strict": given.get("strict") is True})
-        places.append(number)
-    return Offer(functions, named, places, ignored)
+        function = _function(each, f"{where}.tools.{place}")
+        name = in_namespace(space, function["name"])
+        offer.spaces[name] = (space, function["name"])
+        _add(offer, function, name, f"{where}.tools.{place}")
+
+
+def _add(offer: Offer, function: dict[str, Any], name: str, where: str) -> None:
+    shown = {"name": name, "description": function["description"], "parameters": function["parameters"]}
+    offer.functions.append({
+        "type": "function",
+        "function": {key: value for key, value in shown.items() if value is not None},
+    })  # fmt: skip
+    offer.named.append({**function, "name": name})
+    offer.places.append(where)
+
+
+def _function(given: Any, where: str) -> dict[str, Any]:
+    name = given.get("name") if isinstance(given, dict) else None
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(f"{where}.name must be a non-empty string.", f"{where}.name")
+    parameters, description = given.get("parameters"), given.get("description")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise InvalidRequest(f"{where}.parameters must be a JSON schema (an object).", f"{where}.parameters")
+    if description is not None and not isinstance(description, str):
+        raise InvalidRequest(f"{where}.description must be a string.", f"{where}.description")
+    return {"name": name, "description": description, "parameters": parameters, "strict": given.get("strict") is True}
 
 
 def _grammar(body: ResponsesBody, offer: Offer, facts: Facts) -> tuple[GrammarSpec | None, bool]:
@@ -300,12 +338,12 @@ def _grammar(body: ResponsesBody, offer: Offer, facts: Facts) -> tuple[GrammarSp
         raise _renumbered(error, places) from None
 
 
-def _renumbered(error: InvalidRequest, places: list[int]) -> InvalidRequest:
-    """An error about a tool, with the number that the sender knows it by."""
+def _renumbered(error: InvalidRequest, places: list[str]) -> InvalidRequest:
+    """An error about a tool, with the place that the sender knows it by."""
     found = re.match(r"tools\.(\d+)", error.param or "")
     if found is None:
         return error
-    there, here = found[0], f"tools.{places[int(found[1])]}"
+    there, here = found[0], places[int(found[1])]
     return InvalidRequest(error.message.replace(there, here), here + str(error.param)[len(there) :])
 
 

@@ -95,9 +95,15 @@ def message_item(item_id: str, parts: list[Item], status: str) -> Item:
     return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": parts}
 
 
-def call_item(item_id: str, call_id: str, name: str, arguments: str, status: str) -> Item:
-    return {"id": item_id, "type": "function_call", "status": status, "arguments": arguments, "call_id": call_id,
+def call_item(item_id: str, call_id: str, name: str, arguments: str, status: str, space: str | None = None) -> Item:
+    item = {"id": item_id, "type": "function_call", "status": status, "arguments": arguments, "call_id": call_id,
             "name": name}  # fmt: skip
+    return item if space is None else {**item, "namespace": space}
+
+
+def in_namespace(space: str, name: str) -> str:
+    """The name that the model knows a tool of a namespace by: it knows no namespaces."""
+    return f"{space}__{name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,6 +237,7 @@ class Reader:
         call_id = _text(item, "call_id", where)
         if kind == "function_call":
             name, arguments = _text(item, "name", where), _arguments(item.get("arguments"), f"{where}.arguments")
+            name = in_namespace(_text(item, "namespace", where), name) if item.get("namespace") else name
         elif kind == "custom_tool_call":
             name, arguments = _text(item, "name", where), {"input": str(item.get("input", ""))}
         else:

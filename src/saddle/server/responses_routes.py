@@ -162,6 +162,7 @@ class Responses:
             asked.key,
             asked.fixed,
             seal=self._seal if asked.seals else None,
+            spaces=asked.spaces,
             summary=asked.summary,
             frames=asked.stream,
             queued=asked.background,

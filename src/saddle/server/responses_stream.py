@@ -6,7 +6,7 @@ reads them. What a response is at any moment is `body()`, also for one that is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from saddle.parsing.events import (
@@ -35,11 +35,12 @@ LAST_EVENTS = {"completed": "response.completed", "incomplete": "response.incomp
 class OpenItem:
     """An item under way. `kind` is "reasoning", "message" or "call"."""
 
-    __slots__ = ("call_id", "head", "id", "index", "kind", "logprobs", "name", "parts")
+    __slots__ = ("call_id", "head", "id", "index", "kind", "logprobs", "name", "parts", "space")
 
-    def __init__(self, kind: str, item_id: str, index: int, head: bytes, call_id: str = "", name: str = "") -> None:
+    def __init__(self, kind: str, item_id: str, index: int, head: bytes, call_id: str = "", name: str = "",
+                 space: str | None = None) -> None:  # fmt: skip
         self.kind, self.id, self.index, self.head = kind, item_id, index, head
-        self.call_id, self.name = call_id, name
+        self.call_id, self.name, self.space = call_id, name, space
         self.parts: list[str] = []
         self.logprobs: list[Any] = []
 
@@ -57,6 +58,7 @@ class Answer:
         response_id: public; `key` is its random part, that the ids of its items share.
         fixed: fields of the response that are known from the beginning.
         seal: makes `encrypted_content`, None where nobody asked for it.
+        spaces: (namespace, name) of tools, by the name that the model knows.
         summary: thinking goes under `summary`.
         frames: whether anybody reads server-sent events.
         queued: begins as "queued", and is in progress with its first event.
@@ -72,6 +74,7 @@ class Answer:
         fixed: dict[str, Any],
         *,
         seal: Seal | None = None,
+        spaces: Mapping[str, tuple[str, str]] | None = None,
         summary: bool = False,
         frames: bool = False,
         queued: bool = False,
@@ -80,7 +83,7 @@ class Answer:
         prompt_ids: list[int] | None = None,
     ) -> None:
         self.id, self._key, self._seal = response_id, key, seal
-        self._summary, self._writes = summary, frames
+        self._spaces, self._summary, self._writes = spaces or {}, summary, frames
         self._on_end = on_end
         self._logprobs, self._pending = logprobs, list[Any]()
         self._prompt_ids, self._token_ids = prompt_ids, list[int]()
@@ -186,7 +189,8 @@ class Answer:
         index = len(self.output)
         item_id = f"fc_{self._key}_{index}"
         head = self._delta_head("response.function_call_arguments.delta", item_id, index, "")
-        self._open = OpenItem("call", item_id, index, head, event.call_id, event.name)
+        space, name = self._spaces.get(event.name, (None, event.name))
+        self._open = OpenItem("call", item_id, index, head, event.call_id, name, space)
         self._frame("response.output_item.added", output_index=index, item=self._item(self._open, "in_progress"))
 
     def _grow(self, text: str) -> None:
@@ -242,7 +246,7 @@ class Answer:
     def _item(self, item: OpenItem, status: str) -> Item:
         text = item.text
         if item.kind == "call":
-            return call_item(item.id, item.call_id, item.name, text, status)
+            return call_item(item.id, item.call_id, item.name, text, status, item.space)
         if item.kind == "message":
             return message_item(item.id, [text_part(text, item.logprobs)] if text else [], status)
         sealed = self._seal.close(text) if self._seal is not None and status != "in_progress" else None

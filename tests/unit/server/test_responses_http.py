@@ -305,9 +305,8 @@ async def test_limit(tokenizer: Tokenizer) -> None:
 
 
 async def test_tools_of_other_kinds_are_left_out_and_listed(tokenizer: Tokenizer) -> None:
-    tools = [{"type": "web_search"}, TOOL, {"type": "namespace", "name": "n", "tools": [TOOL]},
-             {"type": "custom", "name": "apply_patch"}, {"type": "local_shell"}, {"type": "mcp", "server_label": "x"},
-             {"type": "web_search"}]  # fmt: skip
+    tools = [{"type": "web_search"}, TOOL, {"type": "custom", "name": "apply_patch"}, {"type": "local_shell"},
+             {"type": "mcp", "server_label": "x"}, {"type": "web_search"}]  # fmt: skip
     body = {"tools": tools, "tool_choice": "auto", "text": {"verbosity": "low"}, "client_metadata": {"x": 1},
             "input": [{"role": "user", "content": "go"}, {"type": "web_search_call", "id": "ws"}]}  # fmt: skip
     async with running(tokenizer, words(tokenizer, *CALL)) as server:
@@ -316,9 +315,32 @@ async def test_tools_of_other_kinds_are_left_out_and_listed(tokenizer: Tokenizer
     assert (status, no_tools) == (200, 200)
     assert reply["tools"] == [TOOL]
     assert reply["output"][1]["name"] == "write"
-    assert reply["ignored"] == {"tools": ["web_search", "namespace", "custom", "local_shell", "mcp"],
+    assert reply["ignored"] == {"tools": ["web_search", "custom", "local_shell", "mcp"],
                                 "input": ["web_search_call"], "fields": ["text.verbosity"]}  # fmt: skip
     assert bare["tools"] == []
+
+
+async def test_tools_of_a_namespace(tokenizer: Tokenizer) -> None:
+    """The model knows no namespaces: its tools have both names in one."""
+    space = {"type": "namespace", "name": "disk", "description": "Files.", "tools": [TOOL, {"type": "custom"}]}
+    tools = [{**TOOL, "name": "read"}, space]
+    spoken = ["".join(CALL).replace('"write"', '"disk__write"')]
+    async with running(tokenizer, words(tokenizer, *spoken)) as server:
+        long_context(server)
+        told = await frames(server, {"input": "go", "tools": tools})
+        first = told[-1]["response"]
+        call = first["output"][1]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "written"}
+        items = [{"role": "user", "content": "go"}, *first["output"], result]
+        await server.post(PATH, {"input": items, "tools": tools})
+        prompts = [request.prompt_ids for request in server.client.requests]
+    assert (call["namespace"], call["name"]) == ("disk", "write")
+    assert [frame["name"] for frame in told if frame["type"] == "response.function_call_arguments.done"] == ["write"]
+    assert first["tools"] == tools
+    assert first["ignored"] == {"tools": ["custom"]}
+    assert '"name": "disk__write"' in prompt_of(server)
+    whole = [*prompts[0], *tokenizer.encode(spoken[0]), tokenizer.eos_id]
+    assert prompts[1][: len(whole)] == whole, "sent back it is the call that was generated"
 
 
 async def test_calls_are_muted(tokenizer: Tokenizer) -> None:
@@ -436,6 +458,12 @@ WRONG: list[tuple[dict[str, Any], int, str, str]] = [
     ({"tools": [{"type": 5}]}, 400, "tools.0.type", "a string"),
     ({"tools": [{**TOOL, "parameters": []}]}, 400, "tools.0.parameters", "JSON schema"),
     ({"tools": [{**TOOL, "description": 5}]}, 400, "tools.0.description", "a string"),
+    ({"tools": [{"type": "namespace", "tools": []}]}, 400, "tools.0.name", "non-empty string"),
+    ({"tools": [{"type": "namespace", "name": "n"}]}, 400, "tools.0.tools", "list of tools"),
+    ({"tools": [{"type": "namespace", "name": "n", "tools": [5]}]}, 400, "tools.0.tools.0.name", "non-empty string"),
+    ({"tools": [TOOL, {"type": "namespace", "name": "n", "tools": [
+        {"type": "custom"}, {**TOOL, "strict": True, "parameters": {"type": "wrong"}}]}]}, 400,
+     "tools.1.tools.1.parameters.type", "tools.1.tools.1.parameters.type: must be one of"),
     ({"tools": "all"}, 400, "tools", "valid array"),
     ({"tools": [TOOL, {**TOOL, "name": "g", "strict": True, "parameters": {"type": "wrong"}}]}, 400,
      "tools.1.parameters.type", "tools.1.parameters.type: must be one of"),
