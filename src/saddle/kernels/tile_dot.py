@@ -118,6 +118,8 @@ def fit(block: Block, w: PackedMatrix, num_rows: int, activation_bytes: int, tar
     while room // (bk * column) < min(3, block.stages) and bk > 64:
         bk //= 2
     stages = min(block.stages, max(1, room // (bk * column)))
+    if not target.is_cuda:
+        stages = min(stages, 2)  # no asynchronous copies that many turns could have in flight
     return Block(bn, block.bm, bk, stages, block.warps)
 
 
