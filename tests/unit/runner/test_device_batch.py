@@ -34,7 +34,9 @@ class Both:
         self.blocks: dict[int, int] = {}
         self.computed: dict[int, int] = {}
 
-    def admit(self, row: int, num_tokens: int, num_cached_blocks: int = 0, params: SamplingParams | None = None) -> None:
+    def admit(
+        self, row: int, num_tokens: int, num_cached_blocks: int = 0, params: SamplingParams | None = None
+    ) -> None:
         ids = random.Random(row).choices(range(VOCAB), k=num_tokens)
         blocks = [self.free.pop() for _ in range(num_cached_blocks)]
         admit = RowAdmit(row, 1, ids, num_tokens, num_cached_blocks * BLOCK, blocks, params or SamplingParams(), row)

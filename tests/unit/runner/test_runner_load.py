@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from plans_support import Plans
 
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import StartupError
@@ -17,6 +16,7 @@ from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepPlan
 from saddle.runner import runner as module
 from saddle.runner.runner import Runner
 from tests.support.checkpoint import SMALL, write_random_checkpoint
+from tests.support.plans import Plans
 
 BYTES_PER_TOKEN = SMALL.num_layers * 2 * SMALL.num_kv_heads * SMALL.head_dim * 4  # float32
 
@@ -89,7 +89,7 @@ def test_a_context_of_few_tokens_starts(folder: Path) -> None:
 
 
 def test_unknown_kv_dtype(folder: Path) -> None:
-    with pytest.raises(StartupError, match="--kv-cache-dtype must be one of auto, bfloat16, float32.*got 'fp5'"):
+    with pytest.raises(StartupError, match=r"--kv-cache-dtype must be one of auto, bfloat16, float32.*got 'fp5'"):
         load(folder, cache={"kv_cache_dtype": "fp5"})
 
 

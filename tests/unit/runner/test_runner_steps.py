@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plans_support import GREEDY, Plans, prompt_of
 
 from saddle.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.errors import EngineError
@@ -12,6 +11,7 @@ from saddle.executor.inproc import InprocExecutor
 from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepMask, StepPlan, TokenLogprobs
 from saddle.runner.runner import Runner
 from tests.support.checkpoint import M2_LIKE, SMALL, write_random_checkpoint
+from tests.support.plans import GREEDY, Plans, prompt_of
 
 OUTPUT = 20
 LENGTHS = [1, 2, 15, 16, 17, 31, 33, 48, 5, 64, 80, 3, 100, 40, 23, 129]

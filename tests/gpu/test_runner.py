@@ -1,0 +1,168 @@
+"""The runner on a GPU with the bundled checkpoint: graphs, padding, masks and late ids change no token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import saddle
+from saddle.config import CacheConfig, CompileConfig, EngineConfig, LoadConfig, SchedulerConfig
+from saddle.executor.inproc import InprocExecutor
+from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepMask
+from saddle.runner.fused_path import FusedPath
+from saddle.runner.runner import Runner
+from tests.support.plans import GREEDY, Plans, prompt_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+FOLDER = Path(saddle.__file__).parent / "demo_model"
+CONFIG = EngineConfig(
+    load=LoadConfig(model=str(FOLDER)),
+    cache=CacheConfig(kv_cache_memory_bytes=256 << 20),
+    scheduler=SchedulerConfig(max_model_len=2048, max_num_seqs=20, max_num_batched_tokens=512),
+)
+SAMPLED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
+LENGTHS = (1, 5, 63, 64, 65, 127, 200, 300, 17, 2, 90)
+OUTPUT = 70  # over the end of a block
+
+
+def start(config: EngineConfig) -> tuple[Runner, DeviceInfo]:
+    runner = Runner(config, FOLDER)
+    return runner, InprocExecutor(runner).start(lambda phase, share, note: None)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Runner, DeviceInfo]:
+    return start(CONFIG)
+
+
+@pytest.fixture
+def plans(loaded: tuple[Runner, DeviceInfo]) -> Iterator[Plans]:
+    yield Plans(*loaded)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def params_of(number: int) -> SamplingParams:
+    return SAMPLED if number % 2 else GREEDY
+
+
+def agreement(first: list[int], second: list[int]) -> int:
+    """How many leading tokens are equal."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), len(first))
+
+
+def test_it_is_the_fused_path_with_graphs(loaded: tuple[Runner, DeviceInfo]) -> None:
+    runner, info = loaded
+    assert isinstance(runner.path, FusedPath) and not runner.waits
+    assert info.block_size == 64 and info.plans_in_flight == 1
+    assert runner.path._graphs.sizes[:4] == (1, 2, 4, 8) and runner.path._graphs.sizes[-1] == 20
+
+
+def test_graphs_give_the_tokens_of_eager_steps(plans: Plans) -> None:
+    eager = Plans(*start(replace(CONFIG, compile=CompileConfig(enforce_eager=True))))
+    for number, length in enumerate(LENGTHS[:6]):
+        ids = prompt_of(length, number)
+        found = plans.generate(ids, OUTPUT, params_of(number), seed=number)
+        assert found == eager.generate(ids, OUTPUT, params_of(number), seed=number)
+        assert len(set(found)) > 3
+
+
+def test_a_batch_gives_nearly_the_tokens_of_rows_alone(plans: Plans) -> None:
+    """Kernels round differently in another batch; at the demo's margins most rows never notice."""
+    alone = [plans.generate(prompt_of(n, i), OUTPUT, params_of(i), seed=i) for i, n in enumerate(LENGTHS)]
+    for i, n in enumerate(LENGTHS):
+        plans.start(i, prompt_of(n, i), params_of(i), seed=i)
+    plans.finish(range(len(LENGTHS)), OUTPUT)
+    equal = [agreement(plans.output(i), alone[i]) for i in range(len(LENGTHS))]
+    plans.release(*range(len(LENGTHS)))
+    assert sum(count == OUTPUT for count in equal) >= len(LENGTHS) // 2, equal
+
+
+def test_nothing_waits_and_ids_come_late(plans: Plans) -> None:
+    """Twenty steps are enqueued before the first is read, with every wait an error."""
+    ids = [prompt_of(100, 1), prompt_of(30, 2), prompt_of(64, 3)]
+    wanted = []
+    for row, prompt in enumerate(ids):
+        wanted.append(plans.generate(prompt, 21, params_of(row), seed=row))
+    admits = [plans.admit(row, prompt, params_of(row), seed=row) for row, prompt in enumerate(ids)]
+    first = plans.plan(admits, [plans.work(row, len(prompt)) for row, prompt in enumerate(ids)])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    handles = []
+    for step in range(21):
+        if step:
+            for state in plans.rows.values():
+                state.ids.append(0)  # there is one more, nobody knows which
+        plan = first if step == 0 else plans.plan([], [plans.work(row, 1) for row in range(3)])
+        plans.runner.forward(plan)
+        handles.append(plans.runner.sample(plan.step_id, None))
+    torch.cuda.set_sync_debug_mode("default")
+    results = [handle.wait() for handle in handles]
+    assert [result.error for result in results] == [None] * 21
+    found = [[result.samples[row].token_ids[0] for result in results] for row in range(3)]
+    assert min(agreement(found[row], wanted[row]) for row in range(3)) >= 5
+    assert sum(found[row] == wanted[row] for row in range(3)) >= 2
+    assert all(result.device_s > 0 for result in results)
+    plans.release(0, 1, 2)
+
+
+def test_prompts_beside_decoding_rows(plans: Plans) -> None:
+    alone = plans.generate(prompt_of(300, 5), 30)
+    plans.start(0, prompt_of(40, 6))
+    admit = plans.admit(1, prompt_of(300, 5))
+    for chunk, admits in ((100, [admit]), (128, []), (1, []), (71, [])):
+        plans.step(plans.work(0, 1), plans.work(1, chunk), admits=admits)
+    plans.finish([1], 30)
+    assert agreement(plans.output(1), alone) >= 10
+    plans.release(0, 1)
+
+
+def test_masks_logprobs_and_penalties_beside_plain_rows(plans: Plans) -> None:
+    prompt = prompt_of(50, 9)
+    plain = plans.generate(prompt, 1)
+    vocab_size = plans.vocab_size
+    params = [SamplingParams(temperature=0.0, logprobs=3), SamplingParams(temperature=0.0, logit_bias={5: 100.0}),
+              SamplingParams(temperature=0.0, presence_penalty=2.0), GREEDY]  # fmt: skip
+    admits = [plans.admit(row, prompt, one) for row, one in enumerate(params)]
+    plan = plans.plan(admits, [plans.work(row, len(prompt)) for row in range(4)], masked=[3])
+    mask = StepMask(plan.step_id, [3], [(1 << 77).to_bytes(4 * -(-vocab_size // 32), "little")])
+    result = plans.run(plan, mask)
+    assert result.error is None
+    assert [sample.token_ids for sample in result.samples] == [plain, [5], plain, [77]]
+    assert result.samples[1].logprobs is None and result.samples[0].logprobs is not None
+    [entry] = result.samples[0].logprobs
+    assert entry.rank == 1 and entry.top[0] == (plain[0], entry.logprob) and len(entry.top) == 3
+    plans.finish(range(4), 12)
+    assert len(set(plans.output(2))) == 12  # a penalty of 2 at each use
+    plans.release(0, 1, 2, 3)
+
+
+def test_prompt_logprobs_in_chunks(plans: Plans) -> None:
+    prompt = prompt_of(100, 12)
+    params = SamplingParams(temperature=0.0, prompt_logprobs=2)
+    found = []
+    for chunks in ([100], [40, 60]):
+        admit = plans.admit(0, prompt, params)
+        entries = []
+        for number, chunk in enumerate(chunks):
+            result = plans.step(plans.work(0, chunk), admits=[admit] if number == 0 else [])
+            entries += [entry for part in result.prompt_logprobs for entry in part.logprobs]
+        plans.release(0)
+        assert [entry.token_id for entry in entries] == prompt[1:]
+        found.append([entry.logprob for entry in entries])
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=0.05, atol=0.1)
+
+
+def test_a_failed_step_leaves_the_others(plans: Plans) -> None:
+    plans.start(0, prompt_of(30, 3))
+    before = list(plans.output(0))
+    plan = plans.plan([], [RowWork(0, 99, 1, 0, [], True, 31)])
+    assert "epoch" in str(plans.run(plan).error)
+    assert plans.output(0) == before
+    plans.release(0)

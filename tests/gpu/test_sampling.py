@@ -1,0 +1,120 @@
+"""Sampling kernels on a GPU: the ids of torch's float64 reference, at M2's vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from saddle.kernels import logit_edits, sampling
+from saddle.protocol import SamplingParams
+from saddle.runner import logits as edit
+from tests.support.sampling_reference import PARAMS, scores, state_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+VOCAB = 200_064
+POISON = -77
+# The kernel's noise and quotients are float32: an id that scores this much less than the best may win.
+CLOSE = 2e-5
+
+
+def draw(
+    logits: torch.Tensor, params: list[SamplingParams], seeds: list[int], num_valid: int, rows: list[int] | None = None
+) -> tuple[list[int], torch.Tensor]:
+    """Ids of the slots, and the rows' ids afterwards; all at position 3."""
+    rows = list(range(len(params))) if rows is None else rows
+    work = sampling.SamplingWork.allocate(len(rows), logits.shape[1], torch.device("cuda"))
+    for part in (work.group_max, work.chunk_max, work.chunk_sum, work.chunk_best):
+        part.fill_(torch.nan)
+    token_ids = torch.full((len(params), 8), POISON, dtype=torch.int32, device="cuda")
+    out = torch.full((len(rows),), POISON, dtype=torch.int32, device="cuda")
+    slots = torch.tensor(rows, dtype=torch.int32, device="cuda")
+    state = state_of(params, seeds, num_valid).cuda()
+    sampling.launch(logits, slots, torch.full_like(slots, 3), state, work, token_ids, out, num_valid)
+    return out.tolist(), token_ids.cpu()
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0, 5.0])
+def test_ids_are_those_of_the_reference(spread: float) -> None:
+    params, seeds = [one for one in PARAMS for _ in range(2)], list(range(2 * len(PARAMS)))
+    logits = torch.randn(len(params), VOCAB) * spread
+    found, token_ids = draw(logits.cuda(), params, seeds, VOCAB)
+    assert token_ids[:, 3].tolist() == found and (token_ids[:, [0, 1, 2, 4, 5, 6, 7]] == POISON).all()
+    for row, token_id in enumerate(found):
+        wanted = scores(logits[row], params[row], seeds[row], 3)
+        assert wanted[token_id] >= wanted.max() - CLOSE, f"{params[row]}: {token_id}, not {int(wanted.argmax())}"
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 8, 31, 33, 64, 128, 256])
+def test_any_number_of_rows_and_padding(num_rows: int) -> None:
+    params = [PARAMS[row % 6] for row in range(num_rows)]
+    logits = torch.randn(num_rows + 2, VOCAB, device="cuda") * 3
+    rows = [-1, *reversed(range(num_rows)), -1]
+    found, _ = draw(logits, params, list(range(num_rows)), VOCAB, rows)
+    assert found[0] == found[-1] == POISON
+    for slot in range(1, num_rows + 1, max(1, num_rows // 8)):
+        wanted = scores(logits[slot].cpu(), params[rows[slot]], rows[slot], 3)
+        assert wanted[found[slot]] >= wanted.max() - CLOSE
+
+
+def test_ids_come_as_often_as_they_should() -> None:
+    """Chi-square over 4,096 seeds, five standard deviations allowed."""
+    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.9)
+    logits = torch.randn(1, VOCAB) * 2
+    logits[0, 1000:1100] += 8
+    found = []
+    for start in range(0, 4096, 256):
+        seeds = list(range(start, start + 256))
+        found += draw(logits.cuda().expand(256, -1), [params] * 256, seeds, VOCAB)[0]
+    wanted = scores(logits[0], params, 0, 3) > -torch.inf
+    probs = torch.where(wanted, logits[0].double() / 0.8, -torch.inf).softmax(0)
+    counts = torch.bincount(torch.tensor(found), minlength=VOCAB).double()
+    assert counts[~wanted].sum() == 0
+    expected = probs * len(found)
+    cells = expected >= 5
+    distance = float(((counts[cells] - expected[cells]) ** 2 / expected[cells]).sum())
+    freedom = int(cells.sum()) - 1
+    assert freedom > 20 and distance < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_logits_that_are_no_numbers_give_an_id_that_exists() -> None:
+    logits = torch.full((len(PARAMS), VOCAB), torch.nan, device="cuda")
+    found, _ = draw(logits, list(PARAMS), [0] * len(PARAMS), 200_000)
+    assert all(0 <= token_id < 200_000 for token_id in found)
+
+
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits = torch.zeros(2, VOCAB, device="cuda")
+    logits[0, [5000, 70_000, 4097]] = 1.0
+    assert draw(logits, [SamplingParams(temperature=0.0)] * 2, [0, 0], VOCAB)[0] == [4097, 0]
+
+
+def test_masks_and_penalties_equal_those_of_torch() -> None:
+    logits = torch.randn(6, VOCAB, device="cuda") * 4
+    wanted = logits.clone()
+    bits = torch.randint(-(2**31), 2**31 - 1, (2, -(-VOCAB // 32)), dtype=torch.int32)
+    for slot, words in ((4, bits[0]), (1, bits[1])):
+        allowed = edit.mask_bits(words.numpy().tobytes(), VOCAB, torch.device("cuda"))
+        wanted[slot].masked_fill_(~allowed, -torch.inf)
+    logit_edits.mask_rows(logits, torch.tensor([4, 1], dtype=torch.int32, device="cuda"), bits.cuda())
+    assert torch.equal(logits, wanted)
+    params = [SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=-0.2),
+              SamplingParams(repetition_penalty=0.8), SamplingParams(frequency_penalty=0.7)]  # fmt: skip
+    state = state_of(params, [0, 1, 2], VOCAB).cuda()
+    counts = torch.full((3, VOCAB), POISON, dtype=torch.int32, device="cuda")
+    rows = torch.tensor([1, 2, 0, 1, 2, 0], dtype=torch.int32, device="cuda")
+    slots = torch.tensor([2, 0, 4], dtype=torch.int32, device="cuda")  # rows 0, 1, 2
+    drawn = torch.tensor([7, 0, 9, 0, 7, 0], dtype=torch.int32, device="cuda")
+    for row, slot in ((0, 2), (1, 0), (2, 4)):
+        ids = torch.randint(0, 3000, (2500,), dtype=torch.int32, device="cuda")
+        logit_edits.mark_tokens(ids, counts[row], 1500)
+        in_prompt = torch.zeros(VOCAB, dtype=torch.bool, device="cuda")
+        in_prompt[ids[:1500].long()] = True
+        output = torch.bincount(ids[1500:].long(), minlength=VOCAB).float()
+        output[drawn[slot].long()] += 1
+        edit.penalise(wanted[slot], in_prompt, output, params[row])
+    logit_edits.count_tokens(slots, rows, drawn, counts)
+    logit_edits.penalise_rows(logits, slots, rows, state, counts)
+    torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
