@@ -31,6 +31,7 @@ from saddle.server.wire_responses import ResponsesBody
 
 logger = logging.getLogger(__name__)
 MAX_LISTED = 100
+MAX_TOLD = 100  # kinds of notes in the log
 OBJECT: dict[str, Any] = {"content": {"application/json": {"schema": {"type": "object"}}}}
 JSON: dict[int | str, dict[str, Any]] = {200: {"description": "A JSON object.", **OBJECT}, **ERRORS}
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -48,6 +49,7 @@ class Responses:
         self._seal = Seal()
         self.store = ResponseStore(service.config.response_store_bytes)
         self.runs: dict[str, Run] = {}
+        self._told: set[str] = set()
 
     async def create(self, request: Request) -> Response:
         asked = await self._asked(request)
@@ -134,9 +136,14 @@ class Responses:
                 raise InvalidRequest("The previous response is still in progress.", "previous_response_id")
             earlier = self.store.conversation(body.previous_response_id)
         asked = responses.to_request(body, facts, earlier, self._seal, request.state.request_id)
-        if "ignored" in asked.fixed:
-            logger.info("%s: ignored %s", asked.job.request_id, asked.fixed["ignored"])
+        self._tell(str(asked.fixed.get("ignored", "")))
         return asked
+
+    def _tell(self, ignored: str) -> None:
+        """Log what was left out of a request; the same of many requests once."""
+        if ignored and ignored not in self._told and len(self._told) < MAX_TOLD:
+            self._told.add(ignored)
+            logger.info("Left out of a response: %s. Further ones with the same are not logged.", ignored[:500])
 
     async def _open(self, asked: AskedResponse) -> Generation:
         """Admit the job; `truncation: auto` leaves out the oldest rounds of a conversation that is too long."""

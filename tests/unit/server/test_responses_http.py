@@ -304,12 +304,16 @@ async def test_limit(tokenizer: Tokenizer) -> None:
     assert response["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
-async def test_tools_of_other_kinds_are_left_out_and_listed(tokenizer: Tokenizer) -> None:
+async def test_tools_of_other_kinds_are_left_out_and_listed(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     tools = [{"type": "web_search"}, TOOL, {"type": "custom", "name": "apply_patch"}, {"type": "local_shell"},
              {"type": "mcp", "server_label": "x"}, {"type": "web_search"}]  # fmt: skip
     body = {"tools": tools, "tool_choice": "auto", "text": {"verbosity": "low"}, "client_metadata": {"x": 1},
             "input": [{"role": "user", "content": "go"}, {"type": "web_search_call", "id": "ws"}]}  # fmt: skip
+    caplog.set_level("INFO", "saddle.server.responses_routes")
     async with running(tokenizer, words(tokenizer, *CALL)) as server:
+        await server.post(PATH, body)
         status, reply = await server.post(PATH, body)
         no_tools, bare = await server.post(PATH, {**body, "tools": [{"type": "web_search"}]})
     assert (status, no_tools) == (200, 200)
@@ -318,6 +322,9 @@ async def test_tools_of_other_kinds_are_left_out_and_listed(tokenizer: Tokenizer
     assert reply["ignored"] == {"tools": ["web_search", "custom", "local_shell", "mcp"],
                                 "input": ["web_search_call"], "fields": ["text.verbosity"]}  # fmt: skip
     assert bare["tools"] == []
+    notes = [record.getMessage() for record in caplog.records if "Left out" in record.getMessage()]
+    assert len(notes) == 2, "one for each kind of request, not for each request"
+    assert "local_shell" in notes[0]
 
 
 async def test_tools_of_a_namespace(tokenizer: Tokenizer) -> None:
