@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Decode attention: one new token a row over its whole paged context, split so that few long rows fill the chip too.
 
 A step first makes a list of items on the device (`plan_decode`, one launch a step): each row's blocks are cut into as
@@ -88,7 +89,7 @@ class DecodeWork:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _plan_kernel(  # type: ignore[no-untyped-def]
+def _plan_kernel(
     context_lens, items, num_rows,
     TARGET: tl.constexpr, MIN: tl.constexpr, ROWS_UP: tl.constexpr, NUM_ITEMS: tl.constexpr, ITEMS_UP: tl.constexpr,
     PDL: tl.constexpr,
@@ -122,7 +123,7 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mean_square(base, WIDTH: tl.constexpr, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mean_square(base, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     """Mean of the squares of WIDTH adjacent numbers."""
     column = tl.arange(0, PIECE)
     total = tl.zeros([PIECE], tl.float32)
@@ -133,7 +134,7 @@ def _mean_square(base, WIDTH: tl.constexpr, PIECE: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _write_out(out, out_scales, token, head, group, values, GROUP: tl.constexpr, HEADS: tl.constexpr,  # type: ignore[no-untyped-def]
+def _write_out(out, out_scales, token, head, group, values, GROUP: tl.constexpr, HEADS: tl.constexpr,
                A8: tl.constexpr):  # fmt: skip
     """One token's output of one KV head's query heads: values [16, 128], of which GROUP rows count."""
     mask = (group < GROUP)[:, None]
@@ -148,7 +149,7 @@ def _write_out(out, out_scales, token, head, group, values, GROUP: tl.constexpr,
 
 
 @triton.jit
-def _rotary(cos_table, sin_table, position, column):  # type: ignore[no-untyped-def]
+def _rotary(cos_table, sin_table, position, column):
     """cos and signed sin [128] of a position, and each column's partner: new = old * cos + partner * sin."""
     turns = column < 64
     place = position.to(tl.int64) * 32 + (column & 31)
@@ -158,7 +159,7 @@ def _rotary(cos_table, sin_table, position, column):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _normed_queries(base, q_norm, eps, query_scale, cos, sin, partner, first_head, group, column, GROUP: tl.constexpr,  # type: ignore[no-untyped-def]
+def _normed_queries(base, q_norm, eps, query_scale, cos, sin, partner, first_head, group, column, GROUP: tl.constexpr,
                     WIDTH: tl.constexpr, PIECE: tl.constexpr):  # fmt: skip
     """Query heads of one KV head of one token, normalised, rotated and scaled: float32 [16, 128]."""
     counts = (group < GROUP)[:, None]
@@ -173,7 +174,7 @@ def _normed_queries(base, q_norm, eps, query_scale, cos, sin, partner, first_hea
 
 
 @triton.jit
-def _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, limit, head, column,  # type: ignore[no-untyped-def]
+def _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, limit, head, column,
             KV_HEADS: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
             SCALES: tl.constexpr):  # fmt: skip
     """Online softmax over the blocks of an item.
@@ -222,7 +223,7 @@ def _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, 
 
 
 @triton.jit
-def _unpacked(pairs, LIKE: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _unpacked(pairs, LIKE: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
     """First and second number of pairs of FP8 numbers; ASM: by the converter of NVIDIA's sm_89 and later."""
     if ASM:
         # Two pairs a register: convert each, then sort first to first. Four instructions for four numbers, a third of
@@ -246,7 +247,7 @@ def _unpacked(pairs, LIKE: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _attend_fp8(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, limit, head, column,
                 KV_HEADS: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-                SCALES: tl.constexpr, ASM: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+                SCALES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """`_attend` for FP8 memory, read as pairs of numbers: 16-bit elements can be transposed on their way from shared
     memory to the tensor cores (ldmatrix), 8-bit ones cannot. Even and odd columns are multiplied apart."""
     WIDE: tl.constexpr = queries.dtype
@@ -300,7 +301,7 @@ def _attend_fp8(queries, kv, kv_scales, k_scale, v_scale, table, start, num_bloc
 
 
 @triton.jit
-def _keep(number, kv, place, scales, scale_place, static, SCALES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _keep(number, kv, place, scales, scale_place, static, SCALES: tl.constexpr):
     """Store a key or value [128] in the cache; returns float32 what it reads back as."""
     if SCALES == 0:
         kept = number.to(kv.dtype.element_ty)
@@ -320,7 +321,7 @@ def _keep(number, kv, place, scales, scale_place, static, SCALES: tl.constexpr):
 
 
 @triton.jit
-def _new_token(base, k_norm, eps, cos, sin, partner, kv, kv_scales, k_scale, v_scale, table, position, head, column,  # type: ignore[no-untyped-def]
+def _new_token(base, k_norm, eps, cos, sin, partner, kv, kv_scales, k_scale, v_scale, table, position, head, column,
                KV_HEADS: tl.constexpr, PIECE: tl.constexpr, CHUNK: tl.constexpr,
                SCALES: tl.constexpr):  # fmt: skip
     """Normalise and rotate one head's new key, store it and its value; returns both as the cache holds them."""
@@ -339,7 +340,7 @@ def _new_token(base, k_norm, eps, cos, sin, partner, kv, kv_scales, k_scale, v_s
 
 
 @triton.jit
-def _combined(partial, stats, stats_stride, first_item, num_items, head, group, column, GROUP: tl.constexpr,  # type: ignore[no-untyped-def]
+def _combined(partial, stats, stats_stride, first_item, num_items, head, group, column, GROUP: tl.constexpr,
               KV_HEADS: tl.constexpr):  # fmt: skip
     """Output [16, 128] of all items of a row. Other programs wrote them: read past this multiprocessor's cache."""
     best = tl.full([16], -1e30, tl.float32)
@@ -361,11 +362,12 @@ def _combined(partial, stats, stats_stride, first_item, num_items, head, group, 
 
 
 @triton.jit(do_not_specialize=["table_stride"])
-def _decode_kernel(  # type: ignore[no-untyped-def]
+def _decode_kernel(
     source, q_norm, k_norm, eps, cos_table, sin_table, query_scale, kv, kv_scales, k_scale, v_scale, block_tables,
     table_stride, row_ids, context_lens, items, partial, stats, stats_stride, counters, out, out_scales,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, SCALES: tl.constexpr, FUSED: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr, NAIVE: tl.constexpr,
+    CHUNK: tl.constexpr, SCALES: tl.constexpr, FUSED: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+    NAIVE: tl.constexpr,
 ):  # fmt: skip
     """One item and one KV head. `source`: q [T, heads, 128], or qkv [T, heads + 2 kv_heads, 128] where FUSED."""
     HEADS: tl.constexpr = KV_HEADS * GROUP

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """How keys and values lie in a GPU's paged memory, for every kernel that reads or writes them.
 
 One layer is [num_blocks, 2 (k, v), kv_heads, 64 tokens, 128]. A token's 128 numbers are cut into chunks of 16 bytes (8
@@ -98,7 +99,7 @@ def read_tokens(kv: KVLayer, slots: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @triton.jit
-def swizzled(tokens, columns, CHUNK: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def swizzled(tokens, columns, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
     """Offsets [N, M] of `columns` [M] of tokens at offsets [N] of one block; WIDTH columns a token, CHUNK in 16 bytes.
 
     `columns` must be runs of at least CHUNK adjacent numbers that start at multiples of CHUNK: the hints promise it,

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Causal attention of prompts over paged memory: any number of new tokens a row, behind any context.
 
 The new tokens of all prompt rows are cut into tiles of BM / G consecutive tokens of one row times the G query heads
@@ -56,7 +57,7 @@ def prefill_tiles(target: Target) -> PrefillTiles:
 
 
 @triton.jit
-def _blocks(table, key, end, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _blocks(table, key, end, KEYS: tl.constexpr):
     """Blocks of the keys from `key` on, or the last ones before `end`: one number, or [KEYS] of several blocks."""
     last = (end - 1) // 64
     if KEYS == 64:
@@ -67,7 +68,7 @@ def _blocks(table, key, end, KEYS: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, best, total, result, offsets,  # type: ignore[no-untyped-def]
+def _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, best, total, result, offsets,
           KV_HEADS: tl.constexpr, KEYS: tl.constexpr, SCALES: tl.constexpr,
           MASKED: tl.constexpr):  # fmt: skip
     """Keys `key` to `key` + KEYS of the row; KEYS is a multiple of the block of 64."""
@@ -116,7 +117,7 @@ def _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, bes
 
 
 @triton.jit
-def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr):
     """Row and first token (within the row's new ones) of this program's tile; row -1: none."""
     index = tl.arange(0, ROWS)
     inside = index < num_rows
@@ -131,7 +132,7 @@ def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl
 
 
 @triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
-def _prefill_kernel(  # type: ignore[no-untyped-def]
+def _prefill_kernel(
     q, kv, kv_scales, k_scale, v_scale, block_tables, table_stride, row_ids, query_starts, context_lens, first_row,
     num_rows, out, out_scales,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """What lies between the qkv product and attention, in one launch: QK-norm, rotary embedding, the write of K and V.
 
 q is normalised over its whole width (all heads), k over its whole width, both before the split into heads; the first
@@ -25,19 +26,19 @@ QUERY_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
 
 
 @triton.jit
-def _rotated(first, second, cos, sin):  # type: ignore[no-untyped-def]
+def _rotated(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def _piece(base, heads, START: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _piece(base, heads, START: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.constexpr):
     """Numbers START to START + LENGTH of every head, float32 [heads rounded up, LENGTH]."""
     place = heads[:, None] * 128 + START + tl.arange(0, LENGTH)[None, :]
     return tl.load(base + place, mask=(heads < HEADS)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, static, HEADS: tl.constexpr,  # type: ignore[no-untyped-def]
+def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, static, HEADS: tl.constexpr,
               CHUNK: tl.constexpr, SCALES: tl.constexpr):  # fmt: skip
     """Store one token's keys (plane 0) or values (plane 1) of all heads, given as the three pieces."""
     inside = heads < HEADS
@@ -63,7 +64,7 @@ def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, stat
 
 
 @triton.jit
-def _qk_rope_kernel(  # type: ignore[no-untyped-def]
+def _qk_rope_kernel(
     qkv, q_norm, k_norm, eps, cos_table, sin_table, positions, slots, kv, scales, k_scale, v_scale, q_out, query_scale,
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_UP: tl.constexpr,
     CHUNK: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
