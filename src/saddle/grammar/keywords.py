@@ -13,6 +13,7 @@ MAX_NODES = 4000
 MAX_ENUM = 10_000
 MAX_BOUND = 10_000  # of repetitions: maxLength, minItems, ...
 MAX_ALTERNATIVES = 64
+MAX_STEPS = 50_000  # of the work on all schemas of a request: a few tenths of a second
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 OF_TYPE = {
@@ -37,13 +38,29 @@ NUMBERS = frozenset(OF_TYPE["number"])
 OBJECTS = frozenset(("properties", "patternProperties"))
 
 
+class Budget:
+    """The work that may go into the schemas of one request: small ones can lead to each other in very many ways."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, num_steps: int = MAX_STEPS) -> None:
+        self._left = num_steps
+
+    def spend(self, num_steps: int, path: tuple[str, ...]) -> None:
+        """Raise Unsupported once all is spent."""
+        self._left -= num_steps
+        if self._left < 0:
+            raise Unsupported("the schemas of this request are too complex: use fewer branches and references", path)
+
+
 def values_of(said: Mapping[str, Any]) -> list[Any] | None:
     """What `enum` and `const` leave, None without either."""
     values = said.get("enum")
     if "const" not in said:
         return None if values is None else list(values)
     wanted = said["const"]
-    return [wanted] if values is None or any(key_of(value) == key_of(wanted) for value in values) else []
+    key = key_of(wanted)
+    return [wanted] if values is None or any(key_of(value) == key for value in values) else []
 
 
 def key_of(value: Any) -> str:

@@ -44,7 +44,8 @@ def merge(one: dict[str, Any], other: dict[str, Any], path: tuple[str, ...]) -> 
                 return None
             both[key] = kinds
         elif key == "enum":
-            both[key] = [item for item in mine if any(_same(item, wanted) for wanted in value)]
+            wanted = {json.dumps(item, sort_keys=True) for item in value}
+            both[key] = [item for item in mine if json.dumps(item, sort_keys=True) in wanted]
             if not both[key]:
                 return None
         elif key == "const":
@@ -93,10 +94,6 @@ def _common_types(one: str | list[str], other: str | list[str]) -> list[str]:
     return common
 
 
-def _same(one: Any, other: Any) -> bool:
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-
-
 def check_pattern(pattern: str, path: tuple[str, ...]) -> None:
     """Raise Unsupported for what the compiler would match wrongly: it ignores assertions, and writes characters as
     they stand, so that a quote, a backslash or a control character that a pattern spells out would break the JSON."""
@@ -104,9 +101,25 @@ def check_pattern(pattern: str, path: tuple[str, ...]) -> None:
         if assertion in pattern:
             raise Unsupported(f"{assertion}...) cannot be enforced while sampling", path)
     # The compiler itself keeps such characters out of classes.
-    outside = re.sub(r"\\[\[\]]|\[(?:\\.|[^\]\\])*\]", "", pattern)
+    outside = _outside_classes(pattern)
     if '"' in outside or "\\\\" in outside or re.search(CONTROL, outside):
         raise Unsupported("a pattern cannot spell out quotes, backslashes or control characters", path)
+
+
+def _outside_classes(pattern: str) -> str:
+    """A pattern without its character classes and escaped brackets. In one pass: patterns come from anybody."""
+    parts: list[str] = []
+    index, in_class = 0, False
+    while index < len(pattern):
+        part = pattern[index : index + 2] if pattern[index] == "\\" else pattern[index]
+        index += len(part)
+        if in_class:
+            in_class = part != "]"
+        elif part == "[":
+            in_class = True
+        elif part not in ("\\[", "\\]"):
+            parts.append(part)
+    return "".join(parts)
 
 
 def narrow_pattern(pattern: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from saddle.errors import InvalidRequest
@@ -29,6 +30,7 @@ from saddle.grammar.keywords import (
     REFUSED,
     SILENT,
     TYPES,
+    Budget,
     check_form,
     key_of,
     type_of,
@@ -38,7 +40,9 @@ from saddle.grammar.merge import Unsupported, check_pattern, merge, narrow_patte
 from saddle.parsing.tools import ALIASES, Parameter
 
 
-def normalise(schema: Any, where: str, *, for_tools: bool = False) -> dict[str, Any]:
+def normalise(
+    schema: Any, where: str, *, for_tools: bool = False, budget: Budget | None = None
+) -> dict[str, Any]:
     """The schema as the compiler should see it.
 
     Args:
@@ -46,23 +50,57 @@ def normalise(schema: Any, where: str, *, for_tools: bool = False) -> dict[str, 
         where: path of the schema in the request, for errors.
         for_tools: for arguments that M2 writes between tags: the root is an object of listed properties, strings
             cannot hold tags, and the type names that M2's clients use beside JSON's are understood.
+        budget: shared by all schemas of a request.
 
     Raises:
         InvalidRequest: naming the keyword that is wrong or cannot be enforced.
     """
     if not isinstance(schema, (dict, bool)):
         raise InvalidRequest(f"{where} must be a JSON schema: an object, or true.", where)
-    builder = _Builder(schema, where, for_tools)
+    builder = _Builder(schema, where, for_tools, budget or Budget())
     try:
         return builder.root_of_tool() if for_tools else builder.root()
     except Unsupported as error:
         path = ".".join((where, *error.path))
         raise InvalidRequest(f"{path}: {error}", path) from None
+    except RecursionError:  # a chain of references may be as long as it likes
+        raise InvalidRequest(f"{where} is nested too deeply.", where) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What tells the values of one schema from those of another: types, listed values, values of required members."""
+
+    types: frozenset[str]
+    values: frozenset[str] | None
+    members: dict[str, frozenset[str]]
+
+    def excludes(self, other: _Marks) -> bool:
+        """Whether no value can match both."""
+        common = self.types & other.types
+        if not common:
+            return True
+        if self.values is not None and other.values is not None:
+            return not self.values & other.values
+        if common != {"object"}:
+            return False
+        both = self.members.keys() & other.members.keys()
+        return any(not self.members[name] & other.members[name] for name in both)
+
+
+def _keys(values: list[Any] | None) -> frozenset[str] | None:
+    return None if values is None else frozenset(key_of(value) for value in values)
+
+
+def _size(said: dict[str, Any]) -> int:
+    """Entries that merging copies."""
+    return sum(len(said.get(key, ())) for key in ("properties", "required", "enum"))
 
 
 class _Builder:
-    def __init__(self, root: Any, where: str, for_tools: bool) -> None:
+    def __init__(self, root: Any, where: str, for_tools: bool, budget: Budget) -> None:
         self._root, self._where, self._for_tools = root, where, for_tools
+        self._spend = budget.spend
         self._num_nodes = 0
         self._names: dict[str, str] = {}  # by JSON pointer
         self._defs: dict[str, Any] = {}
@@ -169,6 +207,7 @@ class _Builder:
             raise Unsupported("no value can match", path)
         if not isinstance(schema, dict):
             raise Unsupported("must be a JSON schema: an object, or true", path)
+        self._spend(1 + sum(len(part) for part in schema.values() if isinstance(part, (dict, list))) // 10, path)
         known = {*APPLICATORS, "type", "enum", "const", *(key for keys in OF_TYPE.values() for key in keys)}
         said: dict[str, Any] = {}
         for key, value in schema.items():
@@ -214,6 +253,7 @@ class _Builder:
         for choices in parts:
             if len(found) * len(choices) > MAX_ALTERNATIVES:
                 raise Unsupported(f"more than {MAX_ALTERNATIVES} combinations of alternatives", path)
+            self._spend(len(choices) * sum(1 + _size(one) // 20 for one in found), path)
             found = [both for one in found for other in choices if (both := merge(one, other, path)) is not None]
         if not found:
             raise Unsupported("no value can match", path)
@@ -221,34 +261,25 @@ class _Builder:
 
     def _check_disjoint(self, branches: list[Any], path: tuple[str, ...]) -> None:
         """`oneOf` asks that no second branch matches: shown by types, or by a property that tells them apart."""
-        flat = [self._alternatives(branch, (*path, str(number)), ()) if branch is not False else []
-                for number, branch in enumerate(branches)]  # fmt: skip
+        flat = [
+            [self._marks(each, path) for each in self._alternatives(branch, (*path, str(number)), ())]
+            if branch is not False else []
+            for number, branch in enumerate(branches)
+        ]  # fmt: skip
         for number, ones in enumerate(flat):
             for others in flat[:number]:
-                if not all(self._are_disjoint(one, other, path) for one in ones for other in others):
+                self._spend(1 + len(ones) * len(others) // 10, path)
+                if not all(one.excludes(other) for one in ones for other in others):
                     raise Unsupported("more than one branch might match, which sampling cannot rule out; use anyOf",
                                       path)  # fmt: skip
 
-    def _are_disjoint(self, one: dict[str, Any], other: dict[str, Any], path: tuple[str, ...]) -> bool:
-        types, more = (set(self._types(each, path)) if "type" in each or values_of(each) is not None else set(TYPES)
-                       for each in (one, other))  # fmt: skip
-        types, more = (kinds | ({"integer"} if "number" in kinds else set()) for kinds in (types, more))
-        if not types & more:
-            return True
-        mine, theirs = values_of(one), values_of(other)
-        if mine is not None and theirs is not None:
-            return not {key_of(value) for value in mine} & {key_of(value) for value in theirs}
-        if types & more != {"object"}:
-            return False
-        for name in set(one.get("required", ())) & set(other.get("required", ())):
-            first, second = (each.get("properties", {}).get(name) for each in (one, other))
-            if not isinstance(first, dict) or not isinstance(second, dict):
-                continue
-            mine, theirs = values_of(first), values_of(second)
-            both = mine is not None and theirs is not None
-            if both and not {key_of(value) for value in mine or ()} & {key_of(value) for value in theirs or ()}:
-                return True
-        return False
+    def _marks(self, said: dict[str, Any], path: tuple[str, ...]) -> _Marks:
+        values = values_of(said)
+        types = frozenset(self._types(said, path) if "type" in said or values is not None else TYPES)
+        properties = said.get("properties", {})
+        told = {name: keys for name in said.get("required", ()) if isinstance(properties.get(name), dict)
+                and (keys := _keys(values_of(properties[name]))) is not None}  # fmt: skip
+        return _Marks(types | ({"integer"} if "number" in types else set()), _keys(values), told)
 
     # plain schemas -----------------------------------------------------------------------------------------------
 
@@ -308,7 +339,7 @@ class _Builder:
             name: self._schema(part, (*path, "properties", name), depth + 1, ())
             for name, part in given.items() if part is not False
         }  # fmt: skip
-        forbidden = [name for name, part in given.items() if part is False]
+        forbidden = {name for name, part in given.items() if part is False}
         extra = said.get("additionalProperties")
         unevaluated = said.get("unevaluatedProperties", False)
         patterns = said.get("patternProperties")

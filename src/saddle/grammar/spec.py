@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from saddle.errors import InvalidRequest
 from saddle.grammar.arguments import arguments, const, text_without
-from saddle.grammar.keywords import MAX_BOUND, nesting
+from saddle.grammar.keywords import MAX_BOUND, Budget, nesting
 from saddle.grammar.schema import normalise
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import GrammarSpec
@@ -29,7 +29,7 @@ MAX_TAG_DEPTH = 128
 AFTER_THINKING = "\n\n"
 MAX_WHITESPACE = 16  # between JSON tokens of content: enough to indent, too little to write blanks for ever
 ToolChoice = Literal["required", "named", "auto", "optional"]
-REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+REPETITION = re.compile(r"\{(\d*)(?:,(\d*))?\}")  # in text without white space; takes time as the text is long
 
 
 def json_object(after_token_id: int | None = None, *, param: str = "response_format") -> GrammarSpec:
@@ -67,7 +67,7 @@ def choice(choices: Any, after_token_id: int | None = None, *, param: str = "str
 def grammar(ebnf: Any, after_token_id: int | None = None, *, param: str = "structured_outputs.grammar") -> GrammarSpec:
     """Text of a context-free grammar in the EBNF of GGML, whose start is the rule `root`."""
     _check_text(ebnf, "a grammar in EBNF with a rule root", param)
-    if not re.search(r"^\s*root\s*::=", ebnf, re.MULTILINE):
+    if not re.search(r"^[ \t]*root\s*::=", ebnf, re.MULTILINE):
         raise InvalidRequest(f"{param} must have a rule root: `root ::= ...`.", param)
     return _spec("grammar", ebnf, after_token_id, param)
 
@@ -83,7 +83,7 @@ def structural_tag(
         tag = {"format": _from_structures(tag, param)}
     if not isinstance(tag.get("format"), Mapping):
         raise InvalidRequest(f"{param}.format must be an object.", f"{param}.format")
-    checked = _with_schemas(tag["format"], f"{param}.format")
+    checked = _with_schemas(tag["format"], f"{param}.format", Budget())
     return _spec("structural_tag", _dump(checked, param), after_token_id, param)
 
 
@@ -119,9 +119,10 @@ def tool_grammar(
         if not places:
             raise InvalidRequest(f"tool_choice names {name!r}, which is not among tools.", "tool_choice")
         places, parallel = dict(list(places.items())[:1]), False
+    budget = Budget()
     tags = [
         _call(function, f"{param}.{number}" + (".function" if "function" in tools[number] else ""),
-              choice in ("required", "named") or function.get("strict") is True)
+              choice in ("required", "named") or function.get("strict") is True, budget)
         for number, function in places.items()
     ]  # fmt: skip
     calls = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True,
@@ -207,7 +208,7 @@ def _body(spec: GrammarSpec) -> dict[str, Any]:
     raise InvalidRequest(f"There is no grammar of kind {spec.kind!r}.", spec.param or "grammar")
 
 
-def _call(function: Mapping[str, Any], where: str, is_strict: bool) -> dict[str, Any]:
+def _call(function: Mapping[str, Any], where: str, is_strict: bool, budget: Budget) -> dict[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not name or any(char in name for char in "\"'<>\n"):
         raise InvalidRequest(f"{where}.name must be a name without quotes, angle brackets and newlines.",
@@ -218,14 +219,14 @@ def _call(function: Mapping[str, Any], where: str, is_strict: bool) -> dict[str,
         parameters = function.get("parameters")
         schema: Any = {"type": "object", "properties": {}} if parameters in (None, {}) else parameters
         _check_nesting(schema, param)
-        content = arguments(normalise(schema, param, for_tools=True))
+        content = arguments(normalise(schema, param, for_tools=True, budget=budget))
     return {"type": "tag", "begin": f'<invoke name="{name}">\n', "content": content, "end": "</invoke>\n"}
 
 
-def _with_schemas(part: Any, where: str) -> Any:
+def _with_schemas(part: Any, where: str, budget: Budget) -> Any:
     """A format with the JSON schemas inside it made enforceable."""
     if isinstance(part, list):
-        return [_with_schemas(each, f"{where}.{number}") for number, each in enumerate(part)]
+        return [_with_schemas(each, f"{where}.{number}", budget) for number, each in enumerate(part)]
     if not isinstance(part, Mapping):
         return part
     if part.get("type") == "json_schema":
@@ -234,13 +235,13 @@ def _with_schemas(part: Any, where: str) -> Any:
             raise InvalidRequest(f'{where}.style must be "json" or "minimax_xml", got {style!r}.', f"{where}.style")
         inside = f"{where}.json_schema"
         if style == "minimax_xml":
-            return arguments(normalise(part.get("json_schema"), inside, for_tools=True))
-        return {"type": "json_schema", "json_schema": normalise(part.get("json_schema"), inside),
+            return arguments(normalise(part.get("json_schema"), inside, for_tools=True, budget=budget))
+        return {"type": "json_schema", "json_schema": normalise(part.get("json_schema"), inside, budget=budget),
                 "max_whitespace_cnt": MAX_WHITESPACE}  # fmt: skip
     for key in ("pattern", "grammar"):
         if key in part:
             _check_text(part[key], "text", f"{where}.{key}")
-    return {key: _with_schemas(value, f"{where}.{key}") for key, value in part.items()}
+    return {key: _with_schemas(value, f"{where}.{key}", budget) for key, value in part.items()}
 
 
 def _from_structures(tag: Mapping[str, Any], param: str) -> dict[str, Any]:
@@ -260,8 +261,8 @@ def _from_structures(tag: Mapping[str, Any], param: str) -> dict[str, Any]:
 def _check_text(text: Any, right: str, param: str) -> None:
     if not isinstance(text, str) or not text:
         raise InvalidRequest(f"{param} must be {right}.", param)
-    for counts in REPETITION.finditer(text):
-        if any(len(count) > 5 or int(count or 0) > MAX_BOUND for count in counts.groups()):
+    for counts in REPETITION.finditer(re.sub(r"\s+", "", text)):
+        if any(len(count) > 5 or int(count or 0) > MAX_BOUND for count in counts.groups("")):
             raise InvalidRequest(f"{param} repeats something more than {MAX_BOUND} times: {counts.group()}.", param)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -196,3 +197,53 @@ def test_values_that_would_read_back_as_others_are_left_out() -> None:
 )  # fmt: skip
 def test_patterns_of_arguments_match_no_tag_by_chance(pattern: str, narrow: str) -> None:
     assert narrow_pattern(pattern) == narrow
+
+
+def doubling(levels: int) -> dict[str, Any]:
+    """References that lead to their end in 2 ** levels ways."""
+    defs: dict[str, Any] = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
+    return {"$defs": {**defs, f"d{levels}": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: build.json_schema({**doubling(30), "$ref": "#/$defs/d0"}), "too complex"),
+        (lambda: build.json_schema({"oneOf": [{"type": "object", "properties": {"k": {"const": n}}, "required": ["k"]}
+                                              for n in range(1000)]}), "too complex"),
+        (lambda: build.json_schema({"allOf": [{"enum": list(range(9000))}] * 400}), "too complex"),
+        (lambda: build.json_schema({"type": "object", "properties": dict.fromkeys(map(str, range(500_000)), False)}),
+         "too complex"),
+        (lambda: build.json_schema({"$ref": "#/$defs/d0", "$defs": {
+            f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}]} for n in range(3000)} | {"d3000": {}}}), "too deeply"),
+        (lambda: build.regex("{" + " " * 300_000 + "{" + "1" * 6 + "}"), "repeats something"),
+        (lambda: build.grammar("\n" * 300_000), "must have a rule root"),
+    ],
+)  # fmt: skip
+def test_what_would_take_long_is_refused_soon(make: Any, why: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(InvalidRequest, match=why):
+        make()
+    assert time.perf_counter() - began < 3, "measured: at most 0.4 s on an idle core"
+
+
+def test_all_tools_share_one_budget(tokenizer: Tokenizer) -> None:
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/d0"}}, **doubling(12)}
+    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": schema}} for n in range(50)]
+    build.tool_grammar(tools[:1], "required", tokenizer)
+    with pytest.raises(InvalidRequest, match="too complex") as raised:
+        build.tool_grammar(tools, "required", tokenizer)
+    assert (raised.value.param or "").startswith("tools.1.function.parameters")
+
+
+def test_an_open_class_is_read_in_one_pass() -> None:
+    began = time.perf_counter()
+    build.json_schema({"type": "string", "pattern": "[" * 300_000})
+    assert time.perf_counter() - began < 3
+
+
+def test_one_of_many_is_told_apart_by_a_member() -> None:
+    branches = [{"type": "object", "properties": {"k": {"enum": [n, str(n)]}}, "required": ["k"]} for n in range(120)]
+    assert len(normalise({"oneOf": branches}, "x")["anyOf"]) == 120
+    with pytest.raises(InvalidRequest, match="more than one branch"):
+        normalise({"oneOf": [*branches, branches[7]]}, "x")
