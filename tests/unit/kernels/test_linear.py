@@ -1,0 +1,76 @@
+"""Products over packed weights read the right numbers and scales, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
+
+from saddle.kernels import linear, quant, target, tiles
+from tests.support.interpreted import in_interpreter, outside, run_file
+
+CHIP = target.of_arch("sm_90")
+
+
+def weight(rows: int, columns: int) -> tiles.PackedMatrix:
+    return tiles.pack(torch.randn(rows, columns).to(torch.float8_e4m3fn), torch.rand(rows // 128, columns // 128) + 0.1)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@outside
+def test_in_the_interpreter() -> None:
+    run_file(__file__)
+
+
+@in_interpreter
+@pytest.mark.parametrize("shape", [(256, 256), (128, 3072)], ids=str)
+def test_products(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    matrix = weight(*shape)
+    values = tiles.dequantise(matrix)
+    for size in (1, 3, 17, 130):
+        a = quant.quantise(torch.randn(size, shape[1]))
+        out = torch.full((linear.split_k(size, matrix, CHIP), size, shape[0]), torch.nan)
+        linear.linear(a, matrix, out, CHIP)
+        assert error(out.sum(0), linear.reference(quant.dequantise(a), values)) < 1e-5, size
+
+
+@outside
+def test_parts_occupy_the_chip() -> None:
+    narrow = tiles.allocate(3072, 6144, tiles.Fp8Tiles(), "meta")
+    assert linear.split_k(8, narrow, CHIP) == 4
+    assert linear.split_k(8192, narrow, CHIP) == 1
+    assert linear.split_k(8, tiles.allocate(8192, 3072, tiles.Fp8Tiles(), "meta"), CHIP) == 1
+
+
+@outside
+def test_blocks_fit_the_shared_memory() -> None:
+    for arch in target.SHARED_BYTES:
+        chip = target.of_arch(arch)
+        for matrix in (tiles.allocate(8192, 3072, tiles.Fp8Tiles(), "meta"),
+                       tiles.allocate(1024, 256, tiles.Bf16Tiles(), "meta"),
+                       tiles.allocate(272, 384, tiles.Fp8Tiles(), "meta")):  # fmt: skip
+            for size in (1, 128, 129, 8192):
+                make = linear.few_block if size <= linear.MAX_FEW_TOKENS else linear.many_block
+                block = make(size, matrix, chip)
+                assert matrix.num_rows % block.bn == 0 and matrix.slot_k % block.bk == 0
+                weights = block.bn * block.bk * matrix.format.dtype.itemsize
+                assert block.stages == 1 or block.stages * weights < chip.shared_bytes
+
+
+@outside
+def test_refuses_what_does_not_fit() -> None:
+    matrix, out = weight(128, 128), torch.empty(2, 128)
+    a = quant.quantise(torch.randn(2, 128))
+    with pytest.raises(ValueError, match=r"sm_80 takes activations of torch\.bfloat16, got torch\.float8_e4m3fn"):
+        linear.linear(a, matrix, out, target.of_arch("sm_80"))
+    with pytest.raises(ValueError, match=r"sm_90 takes activations of torch\.float8_e4m3fn"):
+        linear.linear(quant.quantise(torch.randn(2, 128), torch.bfloat16), matrix, out, CHIP)
+    with pytest.raises(ValueError, match="128 columns takes as many"):
+        linear.linear(quant.quantise(torch.randn(2, 256)), matrix, out, CHIP)
+    with pytest.raises(ValueError, match="not split along k"):
+        linear.linear(quant.quantise(torch.randn(200, 128)), matrix, torch.empty(2, 200, 128), CHIP)
