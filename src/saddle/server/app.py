@@ -47,7 +47,11 @@ def openai_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", responses=STREAMED, openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         facts = service.facts()
-        asked = openai.to_request(await read(request, ChatBody), facts, request.state.request_id)
+        body, request_id = await read(request, ChatBody), request.state.request_id
+        if body.tools or body.response_format or body.structured_outputs:  # schemas take a while to check
+            asked = await service.apart(openai.to_request, body, facts, request_id)
+        else:
+            asked = openai.to_request(body, facts, request_id)
         names = TokenNames(service.tokenizer, asked.tokens_as_ids)
         generation = await unless_gone(request.receive, service.open(asked.job))
         if asked.stream:
@@ -59,7 +63,11 @@ def openai_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", responses=STREAMED, openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Response:
         facts = service.facts()
-        asked = openai_text.to_request(await read(request, CompletionBody), facts, request.state.request_id)
+        body, request_id = await read(request, CompletionBody), request.state.request_id
+        if body.response_format or body.structured_outputs:
+            asked = await service.apart(openai_text.to_request, body, facts, request_id)
+        else:
+            asked = openai_text.to_request(body, facts, request_id)
         names = TokenNames(service.tokenizer, asked.tokens_as_ids)
         generation = await unless_gone(request.receive, service.open(asked.job))
         echoes = openai_text.prompt_texts(asked, generation.prompts, service.tokenizer)

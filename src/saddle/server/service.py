@@ -150,12 +150,17 @@ class Service:
             InvalidRequest: as the renderer refused it.
         """
         if isinstance(prompt, ChatPrompt):
-            return await self._on_thread(self._render, prompt)
+            return await self.apart(self._render, prompt)
         if isinstance(prompt, TextPrompt):
-            return await self._on_thread(self.tokenizer.encode, prompt.text)
+            return await self.apart(self.tokenizer.encode, prompt.text)
         return prompt.token_ids
 
-    async def _on_thread(self, make: Callable[..., Made], *args: Any) -> Made:
+    async def apart(self, make: Callable[..., Made], *args: Any) -> Made:
+        """`make(*args)` on a thread: for what may take longer than the event loop can wait.
+
+        Raises:
+            InvalidRequest: what `args` hold is nested too deeply.
+        """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, make, *args)
         except RecursionError:
