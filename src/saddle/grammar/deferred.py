@@ -57,10 +57,8 @@ class DeferredBackend:
             self._made.set_exception(error)
 
     def compile(self, spec: GrammarSpec) -> Future[Any]:
-        """As `XGrammarBackend.compile`, but what that raises comes by the future while the backend is being made."""
+        """As `XGrammarBackend.compile`, but all that goes wrong comes by the future."""
         self._wanted.set()
-        if self._made.done():
-            return self._made.result().compile(spec)
         state: Future[Any] = Future()
 
         def hand_over(compiled: Future[Any]) -> None:

@@ -138,6 +138,15 @@ def test_an_aborted_masked_row_in_flight() -> None:
     assert made.outcomes["b"].token_ids == expected([9, *PROMPT], 9)
 
 
+def test_stopping_closes_the_backend() -> None:
+    grammar = EvenGrammar()
+    made = bench(grammar=grammar)
+    assert not grammar.closed
+    made.core.stop()
+    made.core.stop()
+    assert grammar.closed
+
+
 def test_without_a_backend_grammars_are_refused() -> None:
     made = bench()
     (answer,) = made.submit(request("a", PROMPT, grammar=EVEN))
