@@ -64,12 +64,12 @@ class FusedMiniMaxM2:
         check_shape(config)
         self.config, self.weights, self.target = config, weights, target
         self.uniform_routing = uniform_routing
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         device = weights.embed.device
-        self._pdl = PDL_LATE if target.has_pdl and device.type == "cuda" else 0
+        self.pdl = PDL_LATE if target.has_pdl and device.type != "cpu" else 0
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
-        self._space = Workspace(config, kinds, target, max_tokens, max_rows, device)
-        self._cos, self._sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
+        self.space = Workspace(config, kinds, target, max_tokens, max_rows, device)
+        self.cos, self.sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
 
     @staticmethod
     def workspace_bytes_for(config: ModelConfig, max_tokens: int, max_rows: int, target: Target) -> int:
@@ -79,7 +79,7 @@ class FusedMiniMaxM2:
 
     @property
     def workspace_bytes(self) -> int:
-        return self._space.num_bytes
+        return self.space.num_bytes
 
     def paths(self) -> list[str]:
         """Which kernels run which steps, one line each with the reason."""
@@ -115,14 +115,14 @@ class FusedMiniMaxM2:
         A view of the work space for up to `max_rows` of them, else newly allocated.
         """
         num_samples = len(inputs.logit_index)
-        out = self._space.hidden[:num_samples]
-        if num_samples > self._max_rows:
+        out = self.space.hidden[:num_samples]
+        if num_samples > self.max_rows:
             out = torch.empty(num_samples, self.config.hidden_size, dtype=torch.bfloat16, device=out.device)
         if len(inputs.token_ids) == 0:
             return out
-        work = self._space.buffers(len(inputs.token_ids))
+        work = self.space.buffers(len(inputs.token_ids))
         if inputs.num_decode_rows:
-            paged_decode.plan_decode(inputs.context_lens, self._space.decode, inputs.num_decode_rows, self._pdl)
+            paged_decode.plan_decode(inputs.context_lens, self.space.decode, inputs.num_decode_rows, self.pdl)
         for number, (layer, layer_kv) in enumerate(zip(self.weights.layers, kv.layers, strict=True)):
             self.norm(number, inputs, work)
             self.qkv(layer, work)
@@ -131,14 +131,14 @@ class FusedMiniMaxM2:
             self.route(number, inputs, work)
             self.experts(layer, work)
         eps = self.config.rms_norm_eps
-        fused_norm.final_norm(work.x, work.sums, inputs.logit_index, self.weights.norm, eps, out, self._pdl)
+        fused_norm.final_norm(work.x, work.sums, inputs.logit_index, self.weights.norm, eps, out, self.pdl)
         return out
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [S, vocab] float32 of hidden states [S, H], at most `max_rows`; a view of the work space."""
-        out = self._space.logits[: len(hidden)]
+        out = self.space.logits[: len(hidden)]
         if len(hidden):
-            linear.lm_head(hidden, self.weights.lm_head, out, self.target, self._pdl)
+            linear.lm_head(hidden, self.weights.lm_head, out, self.target, self.pdl)
         return out
 
     # stages, also timed one by one -------------------------------------------------------------------------------
@@ -147,29 +147,29 @@ class FusedMiniMaxM2:
         """Launch 1: the residual of layer `number`, and its norm."""
         weight, eps = self.weights.layers[number].input_norm, self.config.rms_norm_eps
         if number == 0:
-            fused_norm.embed_norm(inputs.token_ids, self.weights.embed, work.x, weight, eps, work.h, self._pdl)
+            fused_norm.embed_norm(inputs.token_ids, self.weights.embed, work.x, weight, eps, work.h, self.pdl)
         else:
-            fused_norm.add_norm(work.x, work.sums, weight, eps, work.h, self._pdl)
+            fused_norm.add_norm(work.x, work.sums, weight, eps, work.h, self.pdl)
 
     def qkv(self, layer: PackedLayer, work: Buffers) -> None:
         """Launch 2."""
-        linear.linear(work.h, layer.qkv, work.qkv, self.target, self._pdl)
+        linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl)
 
     def attention(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Launch 3; with prompts up to three launches."""
-        eps, decodes, pdl = self.config.rms_norm_eps, inputs.num_decode_rows, self._pdl
+        eps, decodes, pdl = self.config.rms_norm_eps, inputs.num_decode_rows, self.pdl
         num_rows = len(inputs.row_ids)
         if decodes == num_rows:
             paged_decode.decode_fused(
-                work.qkv, layer.q_norm, layer.k_norm, eps, self._cos, self._sin, kv, inputs.block_tables,
-                inputs.row_ids, inputs.context_lens, self._space.decode, decodes, work.attn, pdl,
+                work.qkv, layer.q_norm, layer.k_norm, eps, self.cos, self.sin, kv, inputs.block_tables,
+                inputs.row_ids, inputs.context_lens, self.space.decode, decodes, work.attn, pdl,
             )  # fmt: skip
             return
-        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, eps, self._cos, self._sin, inputs.positions,
+        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, eps, self.cos, self.sin, inputs.positions,
                               inputs.slots, kv, work.q, pdl)  # fmt: skip
         if decodes:
             paged_decode.decode(work.q, kv, inputs.block_tables, inputs.row_ids, inputs.context_lens,
-                                self._space.decode, decodes, work.attn, pdl)  # fmt: skip
+                                self.space.decode, decodes, work.attn, pdl)  # fmt: skip
         paged_prefill.prefill(
             work.q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
             num_rows - decodes, len(inputs.token_ids) - decodes, work.attn, self.target, pdl,
@@ -177,21 +177,21 @@ class FusedMiniMaxM2:
 
     def project(self, layer: PackedLayer, work: Buffers) -> None:
         """Launch 4."""
-        linear.linear(work.attn, layer.o, work.o_parts, self.target, self._pdl)
+        linear.linear(work.attn, layer.o, work.o_parts, self.target, self.pdl)
 
     def route(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
         """Launches 5 and 6."""
         layer = self.weights.layers[number]
         router.route(
             work.x, work.o_parts, layer.post_norm, self.config.rms_norm_eps, layer.gate, layer.gate_bias,
-            inputs.positions, inputs.token_ids, number, self.uniform_routing, self._space.router, work.h2, self.target,
-            self._pdl,
+            inputs.positions, inputs.token_ids, number, self.uniform_routing, self.space.router, work.h2, self.target,
+            self.pdl,
         )  # fmt: skip
 
     def experts(self, layer: PackedLayer, work: Buffers) -> None:
         """Launches 7 and 8."""
-        experts.experts(work.h2, layer.w13, layer.w2, self._space.router, work.active, work.pairs, self.target,
-                        self._pdl)  # fmt: skip
+        experts.experts(work.h2, layer.w13, layer.w2, self.space.router, work.active, work.pairs, self.target,
+                        self.pdl)  # fmt: skip
 
 
 def check_shape(config: ModelConfig) -> None:
