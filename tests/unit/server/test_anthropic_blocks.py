@@ -178,6 +178,19 @@ def test_texts_of_the_blocks() -> None:
     assert whole(asked(continues=True), [TextDelta("\n\nHi"), done()])["content"][0]["text"] == "\n\nHi"
 
 
+def test_each_block_of_thinking_has_its_own_signature() -> None:
+    first, _, second, _ = whole(asked(), [*SEQUENCES["thinking again"], done()])["content"]
+    assert (first["thinking"], first["signature"]) == ("a", SIGNER.sign("a"))
+    assert (second["thinking"], second["signature"]) == ("b", SIGNER.sign("b"))
+
+
+def test_a_call_is_closed_as_soon_as_it_is_whole() -> None:
+    """Agents run a tool when its block stops, and what the model writes next may take a while."""
+    encoder = MessageStream(asked(), SIGNER, 40, lambda: 0, "req")
+    assert b"content_block_stop" not in encoder.encode(0, CALL[:-1])
+    assert b"content_block_stop" in encoder.encode(0, CALL[-1:])
+
+
 def test_omitted_thinking_comes_as_a_sealed_signature() -> None:
     (block,) = whole(asked("omitted"), [ReasoningDelta("Deep"), ReasoningDelta(" ü"), done()])["content"]
     assert block["thinking"] == ""

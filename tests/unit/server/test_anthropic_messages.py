@@ -51,6 +51,17 @@ def test_blocks_of_a_user_are_lines_and_those_of_the_model_one_text() -> None:
     assert [turn["content"] for turn in found] == ["a\nb", "one two", "c"]
 
 
+def test_empty_texts_are_none() -> None:
+    found = turns(user(text(""), text("a")), ai(text("")), user(text("b"), text("")))
+    assert [turn["content"] for turn in found] == ["a", "", "b"]
+
+
+def test_several_blocks_of_thinking_are_one() -> None:
+    found = turns(user("x"), ai({"type": "thinking", "thinking": "a"}, text("so"), {"type": "thinking", "thinking": "b"},
+                                CALL), user(RESULT))  # fmt: skip
+    assert found[1]["reasoning_content"] == "a\nb"
+
+
 def test_messages_of_one_role_in_a_row_are_one_turn() -> None:
     split = turns(user("a"), user("b"), ai(text("x")), ai(CALL), user(RESULT), user("c"), user("d"))
     whole = turns(user(text("a"), text("b")), ai(text("x"), CALL), user(RESULT, text("c"), text("d")))
