@@ -133,8 +133,9 @@ async def test_going_on_from_a_response(tokenizer: Tokenizer) -> None:
                                   "last_id": data[-1]["id"], "has_more": True}  # fmt: skip
 
 
-async def test_input_items_in_pages(tokenizer: Tokenizer) -> None:
-    items = [{"role": "user", "content": str(number)} for number in range(7)]
+@pytest.mark.parametrize(("count", "num_pages"), [(7, 3), (6, 2)])
+async def test_input_items_in_pages(tokenizer: Tokenizer, count: int, num_pages: int) -> None:
+    items = [{"role": "user", "content": str(number)} for number in range(count)]
     async with running(tokenizer, words(tokenizer, "x")) as server:
         _, reply = await server.post(PATH, {"input": items})
         seen, after, pages = [], "", 0
@@ -146,7 +147,7 @@ async def test_input_items_in_pages(tokenizer: Tokenizer) -> None:
             after = f"&after={page['last_id']}"
             if not page["has_more"]:
                 break
-    assert (seen, pages) == (list("6543210"), 3)
+    assert (seen, pages) == (list("6543210")[-count:], num_pages)
 
 
 async def test_what_is_not_stored_is_not_found(tokenizer: Tokenizer) -> None:
