@@ -135,7 +135,9 @@ class Responses:
             if body.previous_response_id in self.runs:
                 raise InvalidRequest("The previous response is still in progress.", "previous_response_id")
             earlier = self.store.conversation(body.previous_response_id)
-        asked = responses.to_request(body, facts, earlier, self._seal, request.state.request_id)
+        asked = await self._service.apart(
+            responses.to_request, body, facts, earlier, self._seal, request.state.request_id
+        )
         self._tell(str(asked.fixed.get("ignored", "")))
         return asked
 
