@@ -9,6 +9,10 @@ Why: a slot is one bulk copy of about 24 KB with all that is needed to use it; a
 a tile (row lane / 4, bytes 16 * (lane % 4)) has no bank conflict and holds an operand of mma.m16n8k16; threads that
 read rows of 64 bytes one after the other read whole lines of memory.
 
+4-bit numbers lie two to a byte, 128 columns to a tile's row: byte j holds column j (low half) and column 64 + j, so
+that each half is 64 adjacent columns of the activation. Their slot has one scale per row and group of columns,
+[16][slot_k / group], and then two float32 factors of the whole weight, for rows 0 to 7 and 8 to 15.
+
 w1 (gate) and w3 (up) of an expert are one *interleaved* matrix [2 I, K]: a tile holds 8 rows of w1, then the same 8
 rows of w3, so that a lane which holds the rows g and g + 8 of a product holds gate and up of one column, and the two
 scales of a slot's k block are those of w1 and of w3.
@@ -19,6 +23,7 @@ Nothing here needs a GPU or Triton; packing and unpacking are reshapes and work 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -65,7 +70,36 @@ class Bf16Tiles:
         return 64
 
 
-TileFormat = Fp8Tiles | Bf16Tiles
+@dataclass(frozen=True, slots=True)
+class NibbleTiles:
+    """4-bit numbers with a scale per row and `group` columns.
+
+    numbers   "e2m1": sign, two bits of exponent, one of mantissa; scales E4M3 (NVFP4, group 16)
+              "int4": value + 8; scales bfloat16 (group 32 or 128)
+    """
+
+    numbers: Literal["e2m1", "int4"]
+    group: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.numbers == "e2m1" else torch.bfloat16
+
+    @property
+    def slot_k_unit(self) -> int:
+        return 2 * TILE_ROW_BYTES
+
+
+TileFormat = Fp8Tiles | Bf16Tiles | NibbleTiles
+
+
+def row_bytes(num_cols: int, tile_format: TileFormat) -> int:
+    """Bytes of the numbers of one row."""
+    return num_cols // 2 if isinstance(tile_format, NibbleTiles) else num_cols * tile_format.dtype.itemsize
 
 
 def slot_columns(num_cols: int, tile_format: TileFormat) -> int:
@@ -77,7 +111,7 @@ def slot_columns(num_cols: int, tile_format: TileFormat) -> int:
     unit = tile_format.slot_k_unit
     if num_cols % unit:
         raise ValueError(f"A packed matrix needs a multiple of {unit} columns, got {num_cols}.")
-    most = MAX_SLOT_ROW_BYTES // tile_format.dtype.itemsize // unit
+    most = MAX_SLOT_ROW_BYTES // row_bytes(unit, tile_format)
     units = num_cols // unit
     return unit * max(count for count in range(1, most + 1) if units % count == 0)
 
@@ -125,9 +159,11 @@ class PackedMatrix:
 
 def slot_bytes(slot_k: int, tile_format: TileFormat) -> int:
     """Bytes of one slot, padding included."""
-    used = TILE_ROWS * slot_k * tile_format.dtype.itemsize
+    used = TILE_ROWS * row_bytes(slot_k, tile_format)
     if isinstance(tile_format, Fp8Tiles):
         used += slot_k // tile_format.scale_k * 2 * 4
+    if isinstance(tile_format, NibbleTiles):
+        used += TILE_ROWS * slot_k // tile_format.group * tile_format.scale_dtype.itemsize + 2 * 4
     return -(-used // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
@@ -155,14 +191,14 @@ def allocate(
     shape = packed_shape(num_rows, num_cols, tile_format)
     slot_k = slot_columns(num_cols, tile_format)
     data = torch.empty((*lead, *shape), dtype=torch.uint8, device=device)
-    used = TILE_ROWS * slot_k * tile_format.dtype.itemsize
+    used = TILE_ROWS * row_bytes(slot_k, tile_format)
     data[..., used:] = 0
     return PackedMatrix(data, num_rows, num_cols, slot_k, tile_format, interleaved)
 
 
 def tile_view(matrix: PackedMatrix) -> torch.Tensor:
     """The numbers of all tiles as int64 words: [.., N / 16, K / slot_k, tiles, 2 (half), 8 (row), 8], a view."""
-    used = TILE_ROWS * matrix.slot_k * matrix.format.dtype.itemsize
+    used = TILE_ROWS * row_bytes(matrix.slot_k, matrix.format)
     words = matrix.data.view(torch.int64)[..., : used // 8]
     return torch.unflatten(words, -1, (used // TILE_BYTES, 2, HALF_ROWS, TILE_ROW_BYTES // 8))
 
@@ -174,7 +210,7 @@ def scale_view(matrix: PackedMatrix) -> torch.Tensor:
         ValueError: the format has none.
     """
     if not isinstance(matrix.format, Fp8Tiles):
-        raise ValueError("A bf16 matrix has no scales.")
+        raise ValueError(f"A matrix of {matrix.format} has no scales per block.")
     first, count = TILE_ROWS * matrix.slot_k // 4, matrix.slot_k // matrix.format.scale_k
     return torch.unflatten(matrix.scale_values[..., first : first + 2 * count], -1, (count, 2))
 
@@ -199,18 +235,9 @@ def pack_into(
     Raises:
         ValueError: shapes, dtypes or rows do not fit.
     """
-    tiles = tile_view(matrix)
-    tiles = tiles if expert is None else tiles[expert]
-    both = half is None or not matrix.interleaved
-    rows = weight.shape[-2] // (2 if matrix.interleaved and half is None else 1)
-    step = HALF_ROWS if matrix.interleaved else TILE_ROWS
-    fits = weight.shape[-1] == matrix.num_cols and (half is None or matrix.interleaved)
-    if not fits or rows % step or row % step:
-        raise ValueError(f"Rows {row} to {row + rows} x {weight.shape[-1]} do not fit {matrix} in steps of {step}.")
-    part = slice(row // step, (row + rows) // step)
-    words = _as_words(weight, matrix.format)
-    into = tiles[..., part, :, :, :, :, :] if both else tiles[..., part, :, :, half, :, :]
-    into.copy_(_tiled(words, matrix, half))
+    if isinstance(matrix.format, NibbleTiles):
+        raise ValueError("4-bit numbers are packed by nibbles.pack_into.")
+    place_rows(matrix, _as_words(weight, matrix.format), row, half, expert)
     if not isinstance(matrix.format, Fp8Tiles):
         return
     if scale is None:
@@ -220,7 +247,28 @@ def pack_into(
     wide = _repeated_scales(scale * factor, weight, matrix.format.scale_k)
     scales = scale_view(matrix)
     scales = scales if expert is None else scales[expert]
+    step = HALF_ROWS if matrix.interleaved else TILE_ROWS
+    rows = weight.shape[-2] // (2 if matrix.interleaved and half is None else 1)
+    part = slice(row // step, (row + rows) // step)
+    both = half is None or not matrix.interleaved
     (scales[..., part, :, :, :] if both else scales[..., part, :, :, half]).copy_(_tiled_scales(wide, matrix, half))
+
+
+def place_rows(
+    matrix: PackedMatrix, words: torch.Tensor, row: int, half: int | None = None, expert: int | None = None
+) -> None:
+    """Write the numbers of rows, as int64 words [.., R, row bytes / 8]; arguments as `pack_into`."""
+    tiles = tile_view(matrix)
+    tiles = tiles if expert is None else tiles[expert]
+    both = half is None or not matrix.interleaved
+    rows = words.shape[-2] // (2 if matrix.interleaved and half is None else 1)
+    step = HALF_ROWS if matrix.interleaved else TILE_ROWS
+    fits = words.shape[-1] * 8 == row_bytes(matrix.num_cols, matrix.format) and (half is None or matrix.interleaved)
+    if not fits or rows % step or row % step:
+        raise ValueError(f"{rows} rows at {row} of {words.shape[-1] * 8} bytes do not fit {matrix} in steps of {step}.")
+    part = slice(row // step, (row + rows) // step)
+    into = tiles[..., part, :, :, :, :, :] if both else tiles[..., part, :, :, half, :, :]
+    into.copy_(_tiled(words, matrix, half))
 
 
 def pack(
@@ -239,7 +287,9 @@ def pack(
 
 
 def unpack(matrix: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight [.., N, K] in the format's dtype and its scales [.., N / 8, K / scale_k] (None for bf16).
+    """The weight [.., N, K] in the format's dtype and its scales [.., N / 8, K / scale_k] (None but for FP8).
+
+    4-bit numbers come as bytes [.., N, K / 2] in the order of a tile's row.
 
     An interleaved matrix comes back as w1's rows, then w3's. fnuz numbers stay fnuz, and so do their scales.
     """
@@ -248,7 +298,7 @@ def unpack(matrix: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
     order = (-3, -6, -2, -5, -4, -1) if matrix.interleaved else (-6, -3, -2, -5, -4, -1)
     words = tiles.permute(*range(len(lead)), *order).reshape(*lead, matrix.num_rows, -1)
     weight = words.view(matrix.format.dtype)
-    if isinstance(matrix.format, Bf16Tiles):
+    if not isinstance(matrix.format, Fp8Tiles):
         return weight, None
     scales = scale_view(matrix)  # [.., n, s, c, 2]
     flat = scales.movedim(-1, -4 if matrix.interleaved else -3)
@@ -257,6 +307,8 @@ def unpack(matrix: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def dequantise(matrix: PackedMatrix) -> torch.Tensor:
     """The weight's values [.., N, K] in float32, rows in the order of the checkpoint."""
+    if isinstance(matrix.format, NibbleTiles):
+        raise ValueError("4-bit numbers are dequantised by nibbles.dequantise.")
     weight, scale = unpack(matrix)
     wide = weight.to(torch.float32)
     if scale is None:
