@@ -16,7 +16,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from saddle.kernels import experts, linear, quant, router, tiles
+from saddle.kernels import (
+    compile_steps,
+    experts,
+    fused_norm,
+    linear,
+    paged_decode,
+    paged_prefill,
+    qk_rope,
+    quant,
+    router,
+    tiles,
+)
+from saddle.kernels.paged_kv import KVLayer
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import SHARED_BYTES, Target
 from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix
@@ -117,6 +129,41 @@ def _experts(num_tokens: int, target: Target) -> None:
     experts.experts(activation(target, num_tokens, HIDDEN), w13, w2, work, act, out, target, 2 if target.has_pdl else 0)
 
 
+def _norms(num_tokens: int, target: Target) -> None:
+    x, weight, pdl = empty(num_tokens, HIDDEN), empty(HIDDEN), 2 if target.has_pdl else 0
+    ids, table = empty(num_tokens, dtype=torch.int32), empty(200064, HIDDEN, dtype=torch.bfloat16)
+    pairs = empty(num_tokens, TOP_K, HIDDEN, dtype=experts.pair_dtype(num_tokens)).transpose(0, 1)
+    out = activation(target, num_tokens, HIDDEN)
+    fused_norm.embed_norm(ids, table, x, weight, 1e-6, out, pdl)
+    fused_norm.add_norm(x, pairs, weight, 1e-6, out, pdl)
+    fused_norm.final_norm(x, pairs, ids, weight, 1e-6, empty(num_tokens, HIDDEN, dtype=torch.bfloat16), pdl)
+
+
+def _kv(kind: str, target: Target) -> KVLayer:
+    shape = (100, 2, 8, 64, 128)
+    if kind == "bf16":
+        return KVLayer(empty(*shape, dtype=torch.bfloat16))
+    data = empty(*shape, dtype=target.fp8_dtype)
+    return KVLayer(data, empty(*shape[:4]) if kind == "fp8_dynamic" else None)
+
+
+def _attention(kind: str, target: Target) -> None:
+    """Decode, fused and plain, and prompts."""
+    if kind != "bf16" and not target.has_fp8_dot:
+        kind = "bf16"  # FP8 memory needs a GPU that converts it
+    rows, pdl, kv = 8, 2 if target.has_pdl else 0, _kv(kind, target)
+    table = empty(200000, 32)
+    ids, tables = empty(rows + 1, dtype=torch.int32), empty(rows, 3200, dtype=torch.int32)
+    qkv, q = empty(rows, QKV_WIDTH, dtype=torch.bfloat16), empty(rows, HEADS_WIDTH, dtype=torch.bfloat16)
+    q_norm, k_norm, out = empty(HEADS_WIDTH), empty(8 * 128), activation(target, rows, HEADS_WIDTH)
+    qk_rope.qk_rope_write(qkv, q_norm, k_norm, 1e-6, table, table, ids, empty(rows, dtype=torch.int64), kv, q, pdl)
+    work = paged_decode.DecodeWork.allocate(rows, 8, target.num_sms, torch.device("meta"))
+    paged_decode.plan_decode(ids, work, rows, pdl)
+    paged_decode.decode_fused(qkv, q_norm, k_norm, 1e-6, table, table, kv, tables, ids, ids, work, rows, out, pdl)
+    paged_decode.decode(q, kv, tables, ids, ids, work, rows, out, pdl)
+    paged_prefill.prefill(q, kv, tables, ids, ids, ids, 0, rows, rows, out, target, pdl)
+
+
 CASES: dict[str, Case] = {
     "linear, 8 tokens": lambda target: _linear(8, target),
     "linear, 8192 tokens": lambda target: _linear(8192, target),
@@ -127,4 +174,11 @@ CASES: dict[str, Case] = {
     "experts, 1 token": lambda target: _experts(1, target),
     "experts, 64 tokens": lambda target: _experts(64, target),
     "experts, 8192 tokens": lambda target: _experts(8192, target),
+    "norms, 8 tokens": lambda target: _norms(8, target),
+    "norms, 8192 tokens": lambda target: _norms(8192, target),
+    "attention, bf16": lambda target: _attention("bf16", target),
+    "attention, static FP8": lambda target: _attention("fp8", target),
+    "attention, dynamic FP8": lambda target: _attention("fp8_dynamic", target),
+    "step inputs": compile_steps.launch_inputs,
+    "sampling": compile_steps.launch_sampling,
 }

@@ -101,23 +101,23 @@ def _qk_rope_kernel(
         if slot >= 0:
             block = slot // 64
             offset = (slot % 64).to(tl.int32)
-            heads = tl.arange(0, KV_HEADS_UP)
+            kv_heads = tl.arange(0, KV_HEADS_UP)
             keys = row + HEADS * 128
-            k0 = _piece(keys, heads, 0, 32, KV_HEADS)
-            k1 = _piece(keys, heads, 32, 32, KV_HEADS)
-            k2 = _piece(keys, heads, 64, 64, KV_HEADS)
-            squares = tl.sum(k0 * k0 + k1 * k1, 1) + tl.sum(k2 * k2, 1)
-            inverse = tl.rsqrt(tl.sum(squares, 0) / (KV_HEADS * 128) + eps)
-            k0 *= _piece(k_norm, heads, 0, 32, KV_HEADS) * inverse
-            k1 *= _piece(k_norm, heads, 32, 32, KV_HEADS) * inverse
-            k2 *= _piece(k_norm, heads, 64, 64, KV_HEADS) * inverse
+            k0 = _piece(keys, kv_heads, 0, 32, KV_HEADS)
+            k1 = _piece(keys, kv_heads, 32, 32, KV_HEADS)
+            k2 = _piece(keys, kv_heads, 64, 64, KV_HEADS)
+            kv_squares = tl.sum(k0 * k0 + k1 * k1, 1) + tl.sum(k2 * k2, 1)
+            kv_inverse = tl.rsqrt(tl.sum(kv_squares, 0) / (KV_HEADS * 128) + eps)
+            k0 *= _piece(k_norm, kv_heads, 0, 32, KV_HEADS) * kv_inverse
+            k1 *= _piece(k_norm, kv_heads, 32, 32, KV_HEADS) * kv_inverse
+            k2 *= _piece(k_norm, kv_heads, 64, 64, KV_HEADS) * kv_inverse
             k0, k1 = _rotated(k0, k1, cos, sin)
-            _store_kv(k0, k1, k2, kv, scales, block, offset, 0, heads, k_scale, KV_HEADS, CHUNK, SCALES)
+            _store_kv(k0, k1, k2, kv, scales, block, offset, 0, kv_heads, k_scale, KV_HEADS, CHUNK, SCALES)
             values = keys + KV_HEADS * 128
-            v0 = _piece(values, heads, 0, 32, KV_HEADS)
-            v1 = _piece(values, heads, 32, 32, KV_HEADS)
-            v2 = _piece(values, heads, 64, 64, KV_HEADS)
-            _store_kv(v0, v1, v2, kv, scales, block, offset, 1, heads, v_scale, KV_HEADS, CHUNK, SCALES)
+            v0 = _piece(values, kv_heads, 0, 32, KV_HEADS)
+            v1 = _piece(values, kv_heads, 32, 32, KV_HEADS)
+            v2 = _piece(values, kv_heads, 64, 64, KV_HEADS)
+            _store_kv(v0, v1, v2, kv, scales, block, offset, 1, kv_heads, v_scale, KV_HEADS, CHUNK, SCALES)
     if PDL == 2:
         gdc_launch_dependents()
 
