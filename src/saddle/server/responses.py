@@ -105,6 +105,10 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
     """
     model = facts.check_model(body.model)
     _check_fields(body)
+    stores = body.store is not False and facts.config.response_store_bytes > 0
+    if body.background and not stores:
+        raise InvalidRequest("background needs a stored response: leave store out, and --response-store-bytes above 0.",
+                             "background")  # fmt: skip
     key = secrets.token_hex(16)
     items = as_items(body.input, key)
     reader = Reader(seal)
@@ -143,9 +147,9 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
         key=key,
         items=items,
         spaces=offer.spaces,
-        fixed=_fixed(body, model, params, offer, reader.ignored),
+        fixed={**_fixed(body, model, params, offer, reader.ignored), "store": stores},
         stream=bool(body.stream),
-        store=body.store is not False,
+        store=stores,
         background=bool(body.background),
         previous=body.previous_response_id,
         summary=_summary(body) is not None,
@@ -176,8 +180,6 @@ def _check_fields(body: ResponsesBody) -> None:
     for name, instead in REFUSED.items():
         if getattr(body, name):
             raise InvalidRequest(f"{name} is not supported by this version: {instead}.", name)
-    if body.background and body.store is False:
-        raise InvalidRequest("background needs store: the answer is read with GET.", "background")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
     for name in ("max_output_tokens", "max_tool_calls"):
@@ -239,7 +241,6 @@ def _fixed(body: ResponsesBody, model: str, params: SamplingParams, offer: Offer
         "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": _summary(body)},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
-        "store": body.store is not False,
         "temperature": params.temperature,
         "text": {"format": {"type": "text"} if text is None or text.format is None else text.format,
                  "verbosity": (text and text.verbosity) or "medium"},

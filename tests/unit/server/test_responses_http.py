@@ -162,6 +162,15 @@ async def test_what_is_not_stored_is_not_found(tokenizer: Tokenizer) -> None:
         assert "Send the whole conversation" in wrong["error"]["message"]
 
 
+async def test_a_server_that_stores_nothing_says_so(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, words(tokenizer, "x"), config(response_store_bytes=0)) as server:
+        status, reply = await server.post(PATH, {"input": "hi", "store": True})
+        assert (status, reply["store"]) == (200, False)
+        assert (await server.get(f"{PATH}/{reply['id']}"))[0] == 404
+        status, wrong = await server.post(PATH, {"input": "hi", "background": True})
+        assert (status, wrong["error"]["param"]) == (400, "background")
+
+
 async def test_deleted(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, words(tokenizer, "x")) as server:
         _, reply = await server.post(PATH, {"input": "hi"})
@@ -460,7 +469,7 @@ WRONG: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model": "gpt-5"}, 404, "model", "Valid names"),
     ({"instructions": 5}, 400, "instructions", "valid string"),
     ({"previous_response_id": "resp_x"}, 404, "previous_response_id", "not found"),
-    ({"background": True, "store": False}, 400, "background", "needs store"),
+    ({"background": True, "store": False}, 400, "background", "leave store out"),
     ({"stream_options": {"include_obfuscation": False}}, 400, "stream_options", "stream to be true"),
     ({"tools": [{"type": "function"}]}, 400, "tools.0.name", "non-empty string"),
     ({"tools": [{"type": 5}]}, 400, "tools.0.type", "a string"),
