@@ -9,13 +9,13 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from saddle import env, log
 from saddle.cli import serve
-from saddle.cli.flags import Flag, FlagParser
+from saddle.cli.flags import Flag, FlagParser, size
 from saddle.config import EngineConfig
 from saddle.errors import StartupError
 
@@ -68,9 +68,29 @@ THROUGHPUT: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Counts separated by commas, such as 1,2,4,8 or 2k,32k."""
+    found = tuple(size(part) for part in text.split(",") if part.strip())
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"must be counts of 1 or more, separated by commas, got {text!r}")
+    return found
+
+
+STEP: tuple[Flag, ...] = (
+    Flag(names="--batch", group=BENCH, parse=numbers, metavar="ROWS", help="default 1,2,4,8,16,32,64,128"),
+    Flag(names="--context", group=BENCH, parse=numbers, metavar="TOKENS", help="tokens before the step; default 2048"),
+    Flag(names="--prefill", group=BENCH, parse=numbers, metavar="TOKENS", help="lengths of prompts to time as well"),
+    Flag(names="--routing", group=BENCH, choices=("uniform", "model"),
+         help="uniform spreads tokens evenly over the experts by a hash; default with --load-format dummy"),
+    Flag(names="--json", kind="bool", group=BENCH, help="one JSON object a line instead of a table"),
+)  # fmt: skip
+
+
 def add_parsers(benchmarks: Any) -> None:
     """Register the benches beside `serve`."""
     for name, flags, text in (
+        ("step", STEP, "time whole steps against what the card's memory allows"),
+        ("kernels", STEP, "time every kernel of a step against its own floor"),
         ("latency", LATENCY, "time one batch of requests, in this process"),
         ("throughput", THROUGHPUT, "requests and tokens a second of a full engine, in this process"),
     ):
@@ -90,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     log.setup(env.log_level())
     given = vars(args)
     engine = config(given)
-    return {"latency": _latency, "throughput": _throughput}[args.benchmark](engine, given)
+    benches = {"step": _steps, "kernels": _steps, "latency": _latency, "throughput": _throughput}
+    return benches[args.benchmark](engine, given)
 
 
 def config(given: Mapping[str, Any]) -> EngineConfig:
@@ -117,6 +138,41 @@ def write(found: Any, path: str | None) -> None:
         Path(path).write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
     except OSError as error:
         raise StartupError(f"--output-json {path}: {error.strerror or error}.") from None
+
+
+def _steps(engine: EngineConfig, given: Mapping[str, Any]) -> int:
+    """`step` and `kernels`: a line for each point, as soon as it is there."""
+    dummy = engine.load.load_format == "dummy"
+    routing = given.get("routing", "uniform" if dummy else "model")
+    renamed = {"batches": "batch", "contexts": "context", "prompts": "prefill"}
+    points = {name: given[flag] for name, flag in renamed.items() if flag in given}
+    lines: Iterator[dict[str, Any]]
+    if given["benchmark"] == "step":
+        from saddle.perf import step
+
+        lines = step.run(engine, step.StepSpec(uniform=routing == "uniform", **points), progress)
+    else:
+        from saddle.perf import kernels
+
+        lines = kernels.run(engine, kernels.KernelSpec(uniform=routing == "uniform", **points))
+    names: list[str] = []
+    for line in lines:
+        if given.get("json", False):
+            print(json.dumps(line), flush=True)
+            continue
+        shown = {name: value for name, value in line.items() if not isinstance(value, (dict, list))}
+        if list(shown) != names:
+            names = list(shown)
+            print("  ".join(f"{name:>12}" for name in names))
+        print("  ".join(f"{_short(value):>12}" for value in shown.values()), flush=True)
+    return 0
+
+
+def _short(value: Any) -> str:
+    """A value within twelve characters."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**9:
+        return f"{value:.3e}"
+    return str(value)[:12]
 
 
 def _latency(engine: EngineConfig, given: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ from saddle.kernels import experts, fused_norm, linear, paged_decode, paged_pref
 from saddle.kernels.norm_rope import rotary_table
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
 from saddle.kernels.target import Target
+from saddle.kernels.tiles import Fp8Tiles
 from saddle.model import packed
 from saddle.model.config import ModelConfig
 from saddle.model.inputs import DeviceInputs
@@ -61,7 +62,9 @@ class FusedMiniMaxM2:
         target: Target,
         uniform_routing: bool = False,
     ) -> None:
-        check_shape(config)
+        reason = why_not(config)
+        if reason is not None:
+            raise StartupError(f"This checkpoint does not run here: {reason}.")
         self.config, self.weights, self.target = config, weights, target
         self.uniform_routing = uniform_routing
         self.max_rows = max_rows
@@ -84,6 +87,10 @@ class FusedMiniMaxM2:
     def paths(self) -> list[str]:
         """Which kernels run which steps, one line each with the reason."""
         return [f"steps: Triton kernels ({self.target.arch}), eight launches a layer where all rows decode"]
+
+    def path_of(self, num_rows: int) -> str:
+        """What a decode step of so many rows runs through."""
+        return "kernels"
 
     def allocate_kv(self, num_blocks: int, block_size: int, kind: str) -> KVMemory:
         """KV memory of `num_blocks` blocks, zeros; kinds as in `kv_memory`.
@@ -194,18 +201,18 @@ class FusedMiniMaxM2:
                         self.pdl)  # fmt: skip
 
 
-def check_shape(config: ModelConfig) -> None:
-    """What the GPU kernels rely on beside what every path does.
-
-    Raises:
-        StartupError: names the key and what would be right.
-    """
+def why_not(config: ModelConfig) -> str | None:
+    """What keeps a checkpoint off these kernels, for the line that says which path it takes; None: nothing."""
     for key, value, right in (
         ("head_dim", config.head_dim, HEAD_DIM),
         ("rotary_dim", config.rotary_dim, ROTARY_DIM),
     ):
         if value != right:
-            raise StartupError(f"config.json: {key} must be {right} for the GPU kernels, got {value}.")
+            return f"the GPU kernels need {key} {right}, not {value}"
     for key, width in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if width % 128:
-            raise StartupError(f"config.json: {key} must be a multiple of 128 for the GPU kernels, got {width}.")
+            return f"the GPU kernels need a {key} that is a multiple of 128, not {width}"
+    kinds = packed.formats(config, ParallelLayout())
+    if not isinstance(kinds.w13, Fp8Tiles) or not isinstance(kinds.w2, Fp8Tiles):
+        return "the experts' kernels need FP8 weights, and this checkpoint's are not quantised"
+    return None

@@ -11,9 +11,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+import triton
 
 from saddle.config import EngineConfig
 from saddle.errors import StartupError
@@ -26,6 +28,7 @@ from saddle.model.fused import FusedMiniMaxM2
 from saddle.model.inputs import DeviceInputs
 from saddle.model.kv_memory import KVMemory, kind_of
 from saddle.model.source import resolve_model
+from saddle.model.workspace import Buffers
 from saddle.parallel.layout import ParallelLayout
 from saddle.perf import device as measuring
 from saddle.perf.work import Shape, Work, floor_s, stages, step
@@ -156,10 +159,42 @@ class Bench:
             "fp8_tflops": None if self.flops_per_s is None else round(self.flops_per_s / 1e12, 1),
         }  # fmt: skip
 
-    def distinct(self, num_tokens: int) -> float:
-        """Experts that the last step's last layer touched."""
-        ids = self.model.space.router.ids[: num_tokens * self.config.num_experts_per_tok]
-        return float(torch.unique(ids[ids >= 0]).numel())
+@torch.inference_mode()
+def distinct_by_layer(model: FusedMiniMaxM2, inputs: DeviceInputs, kv: KVMemory) -> list[int]:
+    """How many experts each layer of a step touches; runs the step."""
+    found: list[int] = []
+    route = model.route
+
+    def observed(number: int, inputs: DeviceInputs, work: Buffers) -> None:
+        route(number, inputs, work)
+        ids = model.space.router.ids[: len(inputs.token_ids) * model.config.num_experts_per_tok]
+        found.append(torch.unique(ids[ids >= 0]).numel())
+
+    model.route = observed  # type: ignore[method-assign]
+    try:
+        model.hidden(inputs, kv)
+    finally:
+        del model.route
+    return found
+
+
+@torch.inference_mode()
+def count_launches(model: FusedMiniMaxM2, inputs: DeviceInputs, kv: KVMemory) -> float:
+    """Kernels that a layer of a step launches, counted."""
+    count = 0
+
+    def hook(*args: Any) -> None:
+        nonlocal count
+        count += 1
+
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(hook)
+    try:
+        model.hidden(inputs, kv)
+        # The list of KV items and the last norm belong to no layer.
+        return round((count - 1 - bool(inputs.num_decode_rows)) / len(kv.layers), 2)
+    finally:
+        hooks.remove(hook)
 
 
 def _each(launch: Callable[[int], object], count: int) -> None:
@@ -178,7 +213,7 @@ def run(config: EngineConfig, spec: KernelSpec) -> Iterator[dict[str, Any]]:
         *((prompt_inputs(length, blocks, vocab, seed), [length]) for length in spec.prompts),
     ]  # fmt: skip
     for inputs, lengths in points:
-        bench.model.hidden(inputs, bench.kv)
         context = inputs.max_context_len
-        shape = Shape(lengths, [context] * len(lengths), len(lengths), bench.distinct(sum(lengths)), bench.kind)
+        distinct = fmean(distinct_by_layer(bench.model, inputs, bench.kv))
+        shape = Shape(lengths, [context] * len(lengths), len(lengths), distinct, bench.kind)
         yield from bench.measure(inputs, shape)
