@@ -157,7 +157,7 @@ def params_type(num_layers: int) -> type[ctypes.Structure]:
     class Params(ctypes.Structure):
         _fields_ = [
             *((name, ctypes.c_void_p) for names in _POINTERS.values() for name in names),
-            ("wait_limit", ctypes.c_int64),
+            ("step_limit", ctypes.c_int64),
             *((name, ctypes.c_int) for name in _INTEGERS),
             ("rotary_frequencies", ctypes.c_float * (ROTARY_DIM // 2)),
             ("layers", LayerParams * num_layers),
@@ -320,7 +320,7 @@ class PersistentDecode:
         for name, tensor in self.workspace.items():
             setattr(params, name, tensor.data_ptr())
         params.error = self._error.data_ptr()
-        params.wait_limit = int(wait_seconds * 1e9)
+        params.step_limit = int(wait_seconds * 1e9)
         params.uniform_routing = int(uniform_routing)
         exponents = torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32) / ROTARY_DIM
         for i, frequency in enumerate((1.0 / shape.rope_theta**exponents).tolist()):

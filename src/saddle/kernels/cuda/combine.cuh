@@ -24,7 +24,7 @@ DEVICE void combine(Consumer& c, int head, int split) {
       other_value = load_relaxed(others + (output & 127));
       other_lse = load_relaxed(others + HEAD_DIM);
       if (is_fresh(value, c.epoch) && is_fresh(lse, c.epoch) && is_fresh(other_value, c.epoch) && is_fresh(other_lse, c.epoch)) break;
-      patience.lose(c.p, FAILED_WORDS);
+      patience.lose(c.p, c.shared, FAILED_WORDS);
     }
     const float larger = fmaxf(maximum, both ? fmaxf(word_float(lse), word_float(other_lse)) : word_float(lse));
     const float shrink = exp2_fast(maximum - larger), share = exp2_fast(word_float(lse) - larger);

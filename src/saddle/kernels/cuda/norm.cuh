@@ -39,8 +39,8 @@ DEVICE void load_rows(const Consumer& c, float2 (*x)[NORM_PAIRS]) {
   }
 }
 
-// Dot products of the weighted rows with this multiprocessor's rows of the router.
-DEVICE void gate_products(Consumer& c, const float2 (*x)[NORM_PAIRS], float (*dot)[GATE_ROWS]) {
+// Dot products of the weighted rows with this multiprocessor's rows of the router, a sum a warp.
+DEVICE void gate_products(Consumer& c, const float2 (*x)[NORM_PAIRS]) {
   const Slot slot = next_slot(c);
 #pragma unroll
   for (int e = 0; e < GATE_ROWS; e++) {
@@ -56,7 +56,8 @@ DEVICE void gate_products(Consumer& c, const float2 (*x)[NORM_PAIRS], float (*do
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < NORM_PAIRS; i++) sum += x[row][i].x * gate[i].x + x[row][i].y * gate[i].y;
-      dot[row][e] = sum;
+      sum = warp_sum(sum);
+      if (c.lane == 0) c.shared->warp_sums[c.warp][(1 + e) * MAX_ROWS + row] = sum;
     }
   }
   release(c, slot);
@@ -64,7 +65,6 @@ DEVICE void gate_products(Consumer& c, const float2 (*x)[NORM_PAIRS], float (*do
 
 template <bool ROUTER, bool BF16> DEVICE void norm(Consumer& c, const NormWeights& weights) {
   float2 x[MAX_ROWS][NORM_PAIRS];
-  float square[MAX_ROWS], dot[MAX_ROWS][GATE_ROWS];
   const bool routes = ROUTER && c.cta < GATE_CTAS;
   load_rows(c, x);
 #pragma unroll
@@ -76,22 +76,10 @@ template <bool ROUTER, bool BF16> DEVICE void norm(Consumer& c, const NormWeight
       x[row][i].x *= weights.pair[i].x;
       x[row][i].y *= weights.pair[i].y;
     }
-    square[row] = sum;
+    sum = warp_sum(sum);
+    if (c.lane == 0) c.shared->warp_sums[c.warp][row] = sum;
   }
-  if (routes) gate_products(c, x, dot);
-  float* sums = c.shared->warp_sums[c.warp];
-#pragma unroll
-  for (int row = 0; row < MAX_ROWS; row++) {
-    square[row] = warp_sum(square[row]);
-    if (c.lane == 0) sums[row] = square[row];
-    if (routes) {
-#pragma unroll
-      for (int e = 0; e < GATE_ROWS; e++) {
-        const float total = warp_sum(dot[row][e]);
-        if (c.lane == 0) sums[(1 + e) * MAX_ROWS + row] = total;
-      }
-    }
-  }
+  if (routes) gate_products(c, x);
   consumers_sync();
 #pragma unroll
   for (int row = 0; row < MAX_ROWS; row++) {

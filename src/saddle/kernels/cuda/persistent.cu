@@ -42,6 +42,7 @@ DEVICE void start_step(const Params& p, Shared* s) {
       units += (s->context[row] + UNIT_TOKENS - 1) / UNIT_TOKENS;
     }
     s->first_unit[MAX_ROWS] = units;
+    s->started = global_nanoseconds();
     s->rows = rows;
   }
   if (thread < MAX_ROWS * (ROTARY_DIM / 2)) {
@@ -138,8 +139,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   start_step(p, shared);
-  const int warp = threadIdx.x / 32;
-  if (warp >= NUM_WARPS) {
+  if (threadIdx.x >= NUM_THREADS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (threadIdx.x == NUM_THREADS) {
       Producer d{p, shared, ring, evict_first_policy()};
@@ -147,12 +147,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    Consumer c{p, shared, ring, act, act + ACT_BYTES, (int)blockIdx.x, (int)threadIdx.x, warp, (int)threadIdx.x % 32};
+    Consumer c{p, shared, ring, act, act + ACT_BYTES};
+    forget(c);
     c.rows = shared->rows;
     c.epoch = load_acquire(p.sync + SYNC_EPOCH);
     start_residual(c);
     grid_arrive(c);
     for (int l = 0; l < p.num_layers; l++) run_layer(c, l);
+    forget(c);
     if (p.stages & STAGE_HEAD) {
       const NormWeights weights = load_norm_weights(c, p.final_norm);
       grid_wait(c);

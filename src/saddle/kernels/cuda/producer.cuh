@@ -23,9 +23,9 @@ struct Producer {
 // The next slot, once it is empty and no more than the window is on the way.
 DEVICE int take_slot(Producer& d) {
   const int slot = d.slot;
-  mbarrier_wait(d.p, shared_address(&d.shared->empty[slot]), d.parity ^ 1, FAILED_RING);
+  mbarrier_wait(d.p, d.shared, &d.shared->empty[slot], d.parity ^ 1, FAILED_RING);
   const int oldest = d.window == 1 ? d.issued0 : d.window == 2 ? d.issued1 : d.issued2;
-  if (oldest >= 0) mbarrier_wait(d.p, shared_address(&d.shared->full[oldest & 255]), oldest >> 8, FAILED_WINDOW);
+  if (oldest >= 0) mbarrier_wait(d.p, d.shared, &d.shared->full[oldest & 255], oldest >> 8, FAILED_WINDOW);
   d.issued2 = d.issued1;
   d.issued1 = d.issued0;
   d.issued0 = slot | (int)(d.parity << 8);
@@ -158,7 +158,7 @@ DEVICE void produce(Producer& d) {
       d.window = WINDOW_OTHER;
       constexpr u32 GATE_BYTES = GATE_ROWS * HIDDEN * 4;
       if (blockIdx.x < GATE_CTAS) send(d, (const u8*)layer.gate + (i64)blockIdx.x * GATE_BYTES, GATE_BYTES, 0);
-      mbarrier_wait(p, shared_address(&d.shared->routed), l & 1, FAILED_ROUTING);
+      mbarrier_wait(p, d.shared, &d.shared->routed, l & 1, FAILED_ROUTING);
       d.window = WINDOW_EXPERTS;
       const int experts = d.shared->num_experts;
       const auto expert_at = [&](int place) { return (i64)(d.shared->expert_list[place] & 0xffff); };

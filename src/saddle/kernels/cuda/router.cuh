@@ -8,22 +8,33 @@
 
 constexpr int LANE_EXPERTS = 8;
 
-// The row's logits of experts 8 lane .. 8 lane + 7; beyond the last expert: minus infinity.
+// The row's logits of experts 8 lane .. 8 lane + 7; beyond the last expert: minus infinity. Words are read side by side
+// and turned in the row's part of the sums' buffer, which is free here.
+constexpr int ROW_SCRATCH = 1024;
+static_assert(MAX_ROWS * ROW_SCRATCH <= SUMS_BYTES && NUM_EXPERTS * 4 <= ROW_SCRATCH, "logits do not fit");
 DEVICE void wait_logits(const Consumer& c, int row, float* logit) {
-  const u64* words = c.p.router_words + row * NUM_EXPERTS + c.lane * LANE_EXPERTS;
-  const bool some = c.lane * LANE_EXPERTS < NUM_EXPERTS;
-  u64 word[LANE_EXPERTS];
+  constexpr int EACH = (NUM_EXPERTS + 31) / 32;
+  const u64* words = c.p.router_words + row * NUM_EXPERTS + c.lane;
+  const u32 scratch = c.sums + row * ROW_SCRATCH;
+  u64 word[EACH];
   Patience patience;
-  for (bool fresh = !some; !fresh;) {
+  for (bool fresh = false; !fresh;) {
     fresh = true;
 #pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; i += 2) load_relaxed(words + i, word[i], word[i + 1]);
+    for (int i = 0; i < EACH; i++) word[i] = i * 32 + c.lane < NUM_EXPERTS ? load_relaxed(words + i * 32) : no_word(c.epoch);
 #pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; i++) fresh &= is_fresh(word[i], c.epoch);
-    if (!fresh) patience.lose(c.p, FAILED_WORDS);
+    for (int i = 0; i < EACH; i++) fresh &= is_fresh(word[i], c.epoch);
+    if (!fresh) patience.lose(c.p, c.shared, FAILED_WORDS);
   }
 #pragma unroll
-  for (int i = 0; i < LANE_EXPERTS; i++) logit[i] = some ? word_float(word[i]) : -__int_as_float(0x7f800000);
+  for (int i = 0; i < EACH; i++) sts32(scratch + (i * 32 + c.lane) * 4, (u32)word[i]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) {
+    const int expert = c.lane * LANE_EXPERTS + i;
+    logit[i] = expert < NUM_EXPERTS ? lds_f32(scratch + expert * 4) : -__int_as_float(0x7f800000);
+  }
+  __syncwarp();
 }
 
 // Writes the row's experts and their scores to Shared::chosen, chosen_weight. One warp.
@@ -46,10 +57,10 @@ DEVICE void choose(const Consumer& c, int row, const float* logit, const float* 
     rank += other > best || (other == best && i < c.lane);
   }
   const u32 threshold = __shfl_sync(~0u, best, __ffs(__ballot_sync(~0u, rank == TOP_K - 1)) - 1);
-  // Candidates, at most 64, in the order of lanes: key, score and expert. The sums' buffer is free here.
+  // Candidates, at most 64, in the order of lanes: key, score and expert.
   constexpr int CANDIDATES = TOP_K * LANE_EXPERTS;
-  const u32 keys = c.sums + row * (CANDIDATES * 12), scores = keys + CANDIDATES * 4, experts = scores + CANDIDATES * 4;
-  static_assert(MAX_ROWS * CANDIDATES * 12 <= SUMS_BYTES, "candidates do not fit");
+  const u32 keys = c.sums + row * ROW_SCRATCH, scores = keys + CANDIDATES * 4, experts = scores + CANDIDATES * 4;
+  static_assert(CANDIDATES * 12 <= ROW_SCRATCH, "candidates do not fit");
   int count = 0;
 #pragma unroll
   for (int i = 0; i < LANE_EXPERTS; i++) {

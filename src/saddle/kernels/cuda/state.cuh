@@ -45,7 +45,7 @@ struct Params {
   u32* sync;  // SYNC_*
   u32* error;  // in memory of the host: 0, or why the kernel gave up
   u64* profile;  // [NUM_LAYERS + 1][16][NUM_CTAS] of builds with SADDLE_PROFILE
-  i64 wait_limit;  // nanoseconds after which a wait is a failure
+  i64 step_limit;  // nanoseconds after which a step that still waits has failed
   int num_rows;
   int max_blocks;
   int num_blocks;
@@ -91,6 +91,7 @@ struct Shared {
   int chosen[MAX_PAIRS];
   float chosen_weight[MAX_PAIRS];
   // The step's rows, the same in all layers.
+  u64 started;  // nanoseconds
   u32 rows;  // bit r: row r holds a token
   u32 bad_rows;  // bit r: the residual of row r left its range
   int context[MAX_ROWS];
@@ -120,29 +121,24 @@ DEVICE void fail(const Params& p, u32 code) {
   asm volatile("st.global.u32 [%0],%1;" ::"l"(0ull), "r"(code) : "memory");
 }
 
-// Counts the tries of a wait that cannot take long; looks at the clock every 4,096th.
+// Counts the tries of a wait and at every 4,096th looks at how long the step has taken in all: milliseconds, if well.
 struct Patience {
   u32 tries = 0;
-  u64 since = 0;
-  DEVICE void lose(const Params& p, u32 code) {
-    if ((++tries & 4095) == 0) {
-      u64 now = global_nanoseconds();
-      if (since == 0) since = now;
-      else if ((i64)(now - since) > p.wait_limit) fail(p, code);
-    }
+  DEVICE void lose(const Params& p, const Shared* shared, u32 code) {
+    if ((++tries & 4095) == 0 && (i64)(global_nanoseconds() - shared->started) > p.step_limit) fail(p, code);
   }
 };
-DEVICE void mbarrier_wait(const Params& p, u32 at, u32 parity, u32 code) {
-  if (mbarrier_try(at, parity)) return;
+DEVICE void mbarrier_wait(const Params& p, const Shared* shared, const u64* barrier, u32 parity, u32 code) {
+  const u32 at = shared_address(barrier);
   Patience patience;
-  while (!mbarrier_try(at, parity)) patience.lose(p, code);
+  while (!mbarrier_try(at, parity)) patience.lose(p, shared, code);
 }
 
 struct Consumer {
   const Params& p;
   Shared* shared;
   u32 ring, act, sums;  // addresses in shared memory
-  int cta, thread, warp, lane;
+  int cta, thread, warp, lane;  // from `forget`
   int slot = 0;  // of the ring, next to be read
   u32 parity = 0;
   u32 barriers = 0;  // grid barriers of this launch
@@ -161,9 +157,14 @@ DEVICE void share_of(int tiles, int rotation, int& begin, int& end) {
 // Units [begin, end) of the concatenation of all rows' units that attention split `split` reads.
 DEVICE int split_begin(int units, int split) { return (int)((i64)units * split / SPLITS); }
 
-// Called between stages: what the compiler works out from these values in one stage it shall not keep for the next, or
-// for the next layer; it would spill it.
-DEVICE void forget(Consumer& c) { asm volatile("" : "+r"(c.cta), "+r"(c.thread), "+r"(c.warp), "+r"(c.lane)); }
+// Called between stages: reads who this thread is anew, so that nothing that the compiler works out from it in one stage
+// is kept, that is spilled, for the next stage or the next layer.
+DEVICE void forget(Consumer& c) {
+  asm volatile("mov.u32 %0,%%tid.x;" : "=r"(c.thread));
+  asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(c.cta));
+  c.warp = c.thread >> 5;
+  c.lane = c.thread & 31;
+}
 
 DEVICE void mark(const Consumer& c, int layer, int stage) {
 #ifdef SADDLE_PROFILE
