@@ -178,9 +178,12 @@ SERVER = (
            "turns parsing off", "bool", (True,), "on by default: tools are used whenever a request offers them"),
     ignored("--enable-prompt-tokens-details", "cached tokens are always reported", "bool"),
     ignored("--enable-server-load-tracking", "/load always counts", "bool"),
-    absent("--tool-strict-level", "this version does not constrain tool calls by a grammar", "str", ("auto",)),
-    absent("--structured-outputs-config", "this version has no structured output", "json", ({},)),
-    absent("--reasoning-config", "this version sets no thinking budget", "json", ({},)),
+    absent("--tool-strict-level", "calls are constrained where a request asks for it: strict tools, tool_choice, "
+           "parallel_tool_calls false", "str", ("auto",)),
+    absent("--structured-outputs-config", "xgrammar compiles all grammars, and they begin behind the thinking",
+           "json", ({}, {"backend": "auto"}, {"backend": "xgrammar"})),
+    absent("--reasoning-config", "the thinking ends with </think> at once where a request's thinking_token_budget is "
+           "spent", "json", ({},)),
     absent("--reasoning-parser-plugin", "there are no parser plugins", "str", ("",)),
     absent("--tool-parser-plugin", "there are no parser plugins", "str", ("",)),
     absent("--tool-server", "tools are run by the client", "str", ()),
