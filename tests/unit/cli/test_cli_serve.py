@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_missing_capabilities_refuse(flag: Flag) -> None:
         elif isinstance(fine, tuple):
             argv = [flag.long, *fine]
         else:
-            argv = [f"{flag.long}={fine}"]
+            argv = [f"{flag.long}={json.dumps(fine) if flag.kind == 'json' else fine}"]
         assert configs("m", *argv)[:2] == configs("m")[:2]
 
 
