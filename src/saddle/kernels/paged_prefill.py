@@ -37,12 +37,14 @@ MAX_ROWS = 1024
 class PrefillTiles:
     """rows   of a tile (tokens x query heads of a KV head)
     keys   a turn of the loop, a multiple of 64 (the block)
+    max_registers   of a thread, so that two programs fit a multiprocessor; None: as many as it takes (NVIDIA only)
     """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def prefill_tiles(target: Target) -> PrefillTiles:
@@ -227,6 +229,8 @@ def launch(
     if num_rows == 0 or num_tokens == 0:
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    if tiles.max_registers is not None:
+        options["maxnreg"] = tiles.max_registers
     # Each row ends in at most one tile that is not full.
     grid = (kv_heads, num_tokens // (tiles.rows // group) + num_rows)
     _prefill_kernel[grid](
