@@ -149,7 +149,10 @@ def serve(engine: EngineConfig, server: ServerConfig, build: BuildCore | None = 
     async def main() -> int:
         client = await EngineClient.start(build or functools.partial(build_core, engine, folder, with_grammars=True))
         metrics = Metrics(names[0], vllm_names=server.vllm_metric_names)
-        service = Service(client, tokenizer, renderer, replay, server, metrics, model_names=names, defaults=defaults)
+        service = Service(
+            client, tokenizer, renderer, replay, server, metrics, model_names=names, defaults=defaults,
+            obeys_priority=engine.scheduler.policy == "priority",
+        )  # fmt: skip
         return await http.serve(build_app(service, server), service, client, server, sock)
 
     return http.run(main())

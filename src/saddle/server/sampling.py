@@ -83,6 +83,9 @@ def refuse_unsupported(body: SamplingBody) -> None:
     for name, instead in REFUSED.items():
         if getattr(body, name, None):
             raise InvalidRequest(f"{name} is not supported by this version: {instead}.", param=name)
+    if body.stream_interval not in (None, 1):
+        raise InvalidRequest("stream_interval must be 1: every step's tokens are sent at once.",
+                             param="stream_interval")  # fmt: skip
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of is not supported: use n and choose among the choices.", param="best_of")
     if any(kind != "text" for kind in getattr(body, "modalities", None) or ()):

@@ -41,6 +41,7 @@ class Service:
         replay: the store that `renderer` reads; generated turns are reported to it.
         model_names: names that requests may give; the first is echoed.
         defaults: sampling values of the checkpoint and the command line, from `defaults.sampling_defaults`.
+        obeys_priority: whether the engine's policy looks at a request's priority.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Service:
         *,
         model_names: tuple[str, ...],
         defaults: Mapping[str, Any],
+        obeys_priority: bool = True,
     ) -> None:
         self.client, self.tokenizer, self.config, self.metrics = client, tokenizer, config, metrics
-        self.model_names, self.defaults = model_names, defaults
+        self.model_names, self.defaults, self._obeys_priority = model_names, defaults, obeys_priority
         self.created_s = int(time.time())
         self.draining = False
         self._renderer = renderer
@@ -122,6 +124,8 @@ class Service:
             RequestError: refused, by us or by the engine; nothing of it runs then.
         """
         arrival_s, facts = time.monotonic(), self.facts()
+        if job.priority and not self._obeys_priority:
+            raise InvalidRequest("priority must be 0 on a server without --scheduling-policy priority.", "priority")
         self._check_queue()
         self._change_opening(+1)
         try:

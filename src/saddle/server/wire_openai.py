@@ -81,6 +81,7 @@ class SamplingBody(Wire):
     kv_transfer_params: Object | None = None
     vllm_xargs: Object | None = None
     return_prompt_text: bool | None = None
+    stream_interval: int | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None

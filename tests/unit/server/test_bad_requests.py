@@ -112,6 +112,7 @@ CASES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"messages": HI, "request_id": ""}, 400, "request_id", "at least 1 character"),
     (CHAT, {"messages": HI, "cache_salt": ""}, 400, "cache_salt", "at least 1 character"),
     (CHAT, {"messages": HI, "truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens", "-1 or from 1"),
+    (CHAT, {"messages": HI, "stream": True, "stream_interval": 5}, 400, "stream_interval", "must be 1"),
     (CHAT, {"messages": HI, "use_beam_search": True}, 400, "use_beam_search", "not supported"),
     (TEXT, {}, 400, "prompt", "prompt must be"),
     (TEXT, {"prompt": []}, 400, "prompt", "not empty"),
