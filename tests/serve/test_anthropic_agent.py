@@ -222,6 +222,26 @@ def test_billing_headers_do_not_part_sessions(sdk: anthropic.Anthropic, agent_se
     assert cached[1][1] <= BLOCK, "all but the last block"
 
 
+def test_the_sdks_own_loop_over_tools(sdk: anthropic.Anthropic) -> None:
+    """The helper of the SDK calls the function, sends its result and ends with the answer."""
+    seen: list[tuple[str, int]] = []
+
+    @anthropic.beta_tool
+    def read(path: str, line: int) -> str:
+        """Read a file."""
+        seen.append((path, line))
+        return f"line {line}. " + ('again read {"path": "b.py", "line": 2}' if line == 1 else "The end.")
+
+    runner = sdk.beta.messages.tool_runner(
+        model="scripted", max_tokens=500, tools=[read],
+        messages=[{"role": "user", "content": 'call read {"path": "a.py", "line": 1}'}],
+    )  # fmt: skip
+    last = runner.until_done()
+    assert seen == [("a.py", 1), ("b.py", 2)]
+    assert last.stop_reason == "end_turn"
+    assert "The end." in last.content[-1].text  # type: ignore[union-attr]
+
+
 def test_a_tool_call_streams_its_arguments(sdk: anthropic.Anthropic) -> None:
     asked = f'call read {{"path": "{"x" * 200}", "line": 3}}'
     parts = []

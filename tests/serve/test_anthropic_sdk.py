@@ -10,6 +10,7 @@ from typing import Any
 import anthropic
 import jsonschema
 import pytest
+from pydantic import BaseModel
 
 from tests.serve.processes import ServerProcess
 from tests.unit.server.test_anthropic_routes import CASES, PATH, right
@@ -112,6 +113,16 @@ def test_an_answer_in_json(sdk: anthropic.Anthropic) -> None:
               "required": ["sum"], "additionalProperties": False}  # fmt: skip
     message, _ = both(sdk, output_config={"format": {"type": "json_schema", "schema": schema}})
     jsonschema.validate(json.loads(message["content"][-1]["text"]), schema)
+
+
+class Sum(BaseModel):
+    sum: int
+    is_even: bool
+
+
+def test_the_sdk_parses_into_a_model(sdk: anthropic.Anthropic) -> None:
+    reply = sdk.messages.parse(**greedy(output_format=Sum))
+    assert isinstance(reply.parsed_output, Sum)
 
 
 def test_how_much_is_thought(sdk: anthropic.Anthropic) -> None:

@@ -19,7 +19,7 @@ from saddle.parsing.events import Done, Event
 from saddle.protocol import MAX_STOP_STRINGS, GrammarSpec, SamplingParams
 from saddle.server.anthropic_blocks import Blocks, Show, content_of
 from saddle.server.anthropic_messages import OfferedTools, Turns, require, to_functions, to_turns
-from saddle.server.anthropic_parts import Signer, stop_reason, usage_body
+from saddle.server.anthropic_parts import Signer, ThreadNotFound, stop_reason, usage_body
 from saddle.server.constraints import Choice, check_sampling, combined
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.replies import encode_json
@@ -66,6 +66,7 @@ class AskedPrompt:
 def to_prompt(body: PromptBody, facts: Facts, signer: Signer) -> AskedPrompt:
     """Raises InvalidRequest or NotFound, naming the field."""
     model = facts.check_model(body.model)
+    _check_thread(body.thread)
     turns = to_turns(body.system, body.messages, signer)
     tools = to_functions(body.tools or ())
     offered = [
@@ -115,6 +116,17 @@ def to_request(
         continues=asked.turns.ends_with_answer,
     )
     return message, asked
+
+
+def _check_thread(thread: Any) -> None:
+    """A thread may be begun: it is a request like any other. None is kept to go on with."""
+    if thread is None:
+        return
+    kind = thread.get("type") if isinstance(thread, dict) else None
+    require(kind in ("create", "continue"), "thread.type", "create or continue", kind)
+    if kind == "continue":
+        raise ThreadNotFound("thread: this server keeps no conversation; send the whole of it with every request.",
+                             "thread")  # fmt: skip
 
 
 def _check_fields(body: MessagesBody) -> None:

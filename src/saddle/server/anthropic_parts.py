@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from saddle.errors import ContextTooLong, RequestError
+from saddle.errors import ContextTooLong, NotFound, RequestError
 from saddle.parsing.events import Done
 from saddle.protocol import FinishReason, Usage
 from saddle.server.replies import MAX_MESSAGE, JSONReply
@@ -32,26 +32,44 @@ FAILED = "api_error"
 REQUEST_ID = "request-id"  # the header in which Anthropic's clients look
 
 
-def error_fields(status: int, message: str, request_id: str | None) -> dict[str, Any]:
-    """{"type": "error", "error": {"type": ..., "message": ...}, "request_id": ...}"""
+class ThreadNotFound(NotFound):
+    """The sender wants to go on with a conversation that a server of Anthropic's would have kept.
+
+    Its clients know this error by its code, and send the whole conversation.
+    """
+
+    code = "thread_not_found"
+
+
+def error_fields(status: int, message: str, request_id: str | None, code: str | None = None) -> dict[str, Any]:
+    """{"type": "error", "error": {"type": ..., "message": ...}, "request_id": ...}; a code comes in `details`."""
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "…"
-    kind = KINDS.get(status, FAILED)
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+    error: dict[str, Any] = {"type": KINDS.get(status, FAILED), "message": message}
+    if code is not None:
+        error["details"] = {"error_code": code}
+    return {"type": "error", "error": error, "request_id": request_id}
 
 
 def error_reply(
-    status: int, message: str, request_id: str | None, headers: Mapping[str, str] | None = None
+    status: int,
+    message: str,
+    request_id: str | None,
+    headers: Mapping[str, str] | None = None,
+    code: str | None = None,
 ) -> JSONReply:
     more = {REQUEST_ID: request_id} if request_id else {}
-    return JSONReply(error_fields(status, message, request_id), status_code=status, headers={**(headers or {}), **more})
+    fields = error_fields(status, message, request_id, code)
+    return JSONReply(fields, status_code=status, headers={**(headers or {}), **more})
 
 
-def message_of(error: RequestError) -> str:
-    """What a refusal says. Agents look for these very words to know that they must shorten their conversation."""
+def refusal_reply(error: RequestError, request_id: str | None, headers: Mapping[str, str] | None) -> JSONReply:
+    """Agents look for the very words "prompt is too long" to know that they must shorten their conversation."""
+    message = error.message
     if isinstance(error, ContextTooLong) and error.num_tokens is not None:
-        return f"prompt is too long: {error.num_tokens} tokens > {error.limit} maximum"
-    return error.message
+        message = f"prompt is too long: {error.num_tokens} tokens > {error.limit} maximum"
+    code = error.code if isinstance(error, ThreadNotFound) else None
+    return error_reply(error.status, message, request_id, headers, code)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -23,17 +23,23 @@ def is_anthropic(scope: Scope) -> bool:
     return path == ANTHROPIC or path.startswith(ANTHROPIC + "/")
 
 
+def request_id_of(scope: Scope) -> str | None:
+    found: str | None = scope.get("state", {}).get("request_id")
+    return found
+
+
 def error_for(
     scope: Scope, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONReply:
     """An error, with the request id of the scope where the API has a place for it."""
     if is_anthropic(scope):
-        return anthropic_parts.error_reply(status, message, scope.get("state", {}).get("request_id"), headers)
+        return anthropic_parts.error_reply(status, message, request_id_of(scope), headers)
     return replies.error_reply(status, message, param, headers)
 
 
 def refusal_for(scope: Scope, error: RequestError) -> JSONReply:
     """The answer to a request that is refused."""
-    message = anthropic_parts.message_of(error) if is_anthropic(scope) else error.message
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
-    return error_for(scope, error.status, message, error.param, headers)
+    if is_anthropic(scope):
+        return anthropic_parts.refusal_reply(error, request_id_of(scope), headers)
+    return error_for(scope, error.status, error.message, error.param, headers)

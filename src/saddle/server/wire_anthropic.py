@@ -30,6 +30,7 @@ class PromptBody(Wire):
     output_config: Object | None = None
     output_format: Object | None = None  # the name of output_config.format while it was in beta
     context_management: Object | None = None
+    thread: Object | None = None
     # Said about a request: they change nothing of its answer.
     cache_control: Object | None = None
     metadata: Object | None = None
@@ -66,7 +67,11 @@ ERROR_SCHEMA: dict[str, Any] = {
         "error": {
             "type": "object",
             "required": ["type", "message"],
-            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "details": {"type": "object", "properties": {"error_code": {"type": "string"}}},
+            },
         },
         "request_id": {"type": ["string", "null"]},
     },
@@ -76,7 +81,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in (
         (400, "invalid_request_error: a field is wrong or asks for what this version does not do."),
         (401, "authentication_error: no valid API key."),
-        (404, "not_found_error: no such model."),
+        (404, "not_found_error: no such model, or a thread to go on with: none is kept."),
         (413, "request_too_large: the body is too large."),
         (429, "rate_limit_error: the queue is full; try again after Retry-After seconds."),
         (500, "api_error: the request failed."),

@@ -224,11 +224,12 @@ def test_stop_reasons(events: list[Event], last: Done, reason: str, sequence: st
 
 def test_warming_the_cache_shows_nothing() -> None:
     request = asked(max_tokens=0)
-    events: list[Event] = [ReasoningDelta("I"), done(FinishReason.LENGTH)]
-    answer = whole(request, events)
-    assert accumulated(streamed(request, events)) == answer
-    assert (answer["content"], answer["stop_reason"]) == ([], "max_tokens")
-    assert (answer["usage"]["output_tokens"], answer["usage"]["cache_read_input_tokens"]) == (0, 32)
+    for last in (done(FinishReason.LENGTH), done()):
+        events: list[Event] = [ReasoningDelta("I"), last]
+        answer = whole(request, events)
+        assert accumulated(streamed(request, events)) == answer
+        assert (answer["content"], answer["stop_reason"]) == ([], "max_tokens")
+        assert (answer["usage"]["output_tokens"], answer["usage"]["cache_read_input_tokens"]) == (0, 32)
 
 
 @pytest.mark.parametrize("before", [[], [TextDelta("x")]])

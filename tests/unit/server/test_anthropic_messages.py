@@ -57,8 +57,8 @@ def test_empty_texts_are_none() -> None:
 
 
 def test_several_blocks_of_thinking_are_one() -> None:
-    found = turns(user("x"), ai({"type": "thinking", "thinking": "a"}, text("so"), {"type": "thinking", "thinking": "b"},
-                                CALL), user(RESULT))  # fmt: skip
+    first, second = ({"type": "thinking", "thinking": thinking} for thinking in "ab")
+    found = turns(user("x"), ai(first, text("so"), second, CALL), user(RESULT))
     assert found[1]["reasoning_content"] == "a\nb"
 
 

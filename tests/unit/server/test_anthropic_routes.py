@@ -101,7 +101,7 @@ async def test_prompt_of_the_model(tokenizer: Tokenizer) -> None:
                    {"type": "text", "text": "You are C.", "cache_control": {"type": "ephemeral"}}],
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
                      {"role": "system", "content": "Skills: none."}],
-        "tools": [TOOL, SEARCH],
+        "tools": [{**TOOL, "strict": True}, SEARCH],
     }  # fmt: skip
     [request] = await sent(tokenizer, body)
     text = tokenizer.decode(request.prompt_ids, skip_special_tokens=False)
@@ -262,6 +262,9 @@ CASES: list[tuple[dict[str, Any], int, str, str]] = [
     ({"output_format": {"type": "json_schema", "schema": {"type": "object", "not": {}}}}, 400, "invalid_request_error",
      "output_format.schema"),
     ({"mcp_servers": [{"url": "x"}]}, 400, "invalid_request_error", "mcp_servers is not supported"),
+    ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, 404, "not_found_error",
+     "thread: this server keeps no conversation; send the whole"),
+    ({"thread": {"type": "fork"}}, 400, "invalid_request_error", "thread.type must be create or continue"),
     ({"cache_salt": ""}, 400, "invalid_request_error", "cache_salt: String should have at least 1 character"),
     ({"stream": "yes"}, 400, "invalid_request_error", "stream: Input should be a valid boolean"),
     ({"messages": [{"role": "user", "content": "long " * 400}]}, 400, "invalid_request_error",
@@ -283,6 +286,17 @@ async def test_bad_requests(tokenizer: Tokenizer) -> None:
                 wrong.append((fields, got, reply))
         assert not server.client.requests, "the engine saw a bad request"
     assert not wrong, "\n".join(map(str, wrong))
+
+
+async def test_threads_are_begun_and_never_found(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, words(tokenizer, "x")) as server:
+        assert (await server.post(PATH, {**HI, "thread": {"type": "create"}}))[0] == 200
+        going_on = {"type": "continue", "previous_message_id": "msg_1"}
+        _, reply = await server.post(PATH, {**HI, "messages": [TOO_LITTLE], "thread": going_on})
+    assert reply["error"]["details"] == {"error_code": "thread_not_found"}
+
+
+TOO_LITTLE = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "x"}]}
 
 
 async def test_context_too_long_in_words_that_agents_know(tokenizer: Tokenizer) -> None:
