@@ -11,18 +11,24 @@ A decode step is at most eight launches a layer, whatever the number of rows:
 
 The first layer's norm looks the tokens up in the embedding; behind the last layer a norm of the rows that sample and
 the lm_head follow. With prompts in the step, attention is up to three launches: QK-norm and rotary of all tokens, then
-the decoding rows, then the prompts. Nothing is allocated and nothing waits, so a decode step can be a CUDA graph.
+the decoding rows, then the prompts. On GPUs that have it, decode steps of few rows are one launch in all, that of the
+persistent kernel, over the same weights. Nothing is allocated and nothing waits, so a decode step can be a CUDA graph.
 The math is that of `m2.py`; each kernel says where it comes from.
 """
 
 from __future__ import annotations
+
+import logging
+from pathlib import Path
 
 import torch
 
 from saddle.errors import StartupError
 from saddle.kernels import experts, fused_norm, linear, paged_decode, paged_prefill, qk_rope, router
 from saddle.kernels.norm_rope import rotary_table
+from saddle.kernels.nvrtc import CudaError
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
+from saddle.kernels.persistent import MAX_ROWS, DecodeShape, PersistentDecode, unsupported
 from saddle.kernels.target import Target
 from saddle.kernels.tiles import Fp8Tiles
 from saddle.model import packed
@@ -33,7 +39,10 @@ from saddle.model.packed import PackedLayer, PackedModel
 from saddle.model.workspace import Buffers, Workspace
 from saddle.parallel.layout import ParallelLayout
 
+logger = logging.getLogger(__name__)
+
 ROTARY_DIM = 64
+PERSISTENT_BYTES = 32 << 20  # work space of the persistent kernel, rounded up
 # Programmatic dependent launch: the next kernel's programs may start early (1: after this one's wait; 2: before its
 # epilogue). Late is better for kernels of one or two programs a multiprocessor, which would lose their even spread.
 PDL_LATE = 2
@@ -46,6 +55,7 @@ class FusedMiniMaxM2:
         max_positions: longest context; the rotary table covers it.
         max_tokens, max_rows: the largest step.
         uniform_routing: experts are a hash of layer, position and token (random weights route unevenly).
+        cache_dir: where the persistent kernel's binaries are kept; None: nowhere.
 
     Raises:
         StartupError: the checkpoint's shape is none that the kernels are made for.
@@ -61,39 +71,59 @@ class FusedMiniMaxM2:
         max_rows: int,
         target: Target,
         uniform_routing: bool = False,
+        cache_dir: Path | None = None,
     ) -> None:
         reason = why_not(config)
         if reason is not None:
             raise StartupError(f"This checkpoint does not run here: {reason}.")
         self.config, self.weights, self.target = config, weights, target
         self.uniform_routing = uniform_routing
+        self._cache_dir = cache_dir
         self.max_rows = max_rows
         device = weights.embed.device
         self.pdl = PDL_LATE if target.has_pdl and device.type != "cpu" else 0
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
         self.space = Workspace(config, kinds, target, max_tokens, max_rows, device)
+        self.persistent: PersistentDecode | None = None
+        self._not_persistent = unsupported(target, self._decode_shape(), weights)
         self.cos, self.sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
 
     @staticmethod
     def workspace_bytes_for(config: ModelConfig, max_tokens: int, max_rows: int, target: Target) -> int:
         """Bytes of the work space, known before anything is allocated."""
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
-        return Workspace(config, kinds, target, max_tokens, max_rows, torch.device("meta")).num_bytes
+        own = Workspace(config, kinds, target, max_tokens, max_rows, torch.device("meta")).num_bytes
+        # The persistent kernel has its own order of the gates; the rest that it keeps is small.
+        gates = 4 * config.num_layers * config.hidden_size * config.num_experts
+        return own + (gates + PERSISTENT_BYTES if target.has_persistent_path else 0)
 
     @property
     def workspace_bytes(self) -> int:
-        return self.space.num_bytes
+        return self.space.num_bytes + (0 if self.persistent is None else self.persistent.num_bytes)
 
     def paths(self) -> list[str]:
         """Which kernels run which steps, one line each with the reason."""
-        return [f"steps: Triton kernels ({self.target.arch}), eight launches a layer where all rows decode"]
+        line = f"steps: Triton kernels ({self.target.arch}), eight launches a layer where all rows decode"
+        if self._not_persistent is not None:
+            return [line, f"decode steps: no persistent kernel, because {self._not_persistent}"]
+        return [line, f"decode steps of up to {MAX_ROWS} rows: the persistent kernel, one launch a step"]
 
     def path_of(self, num_rows: int) -> str:
         """What a decode step of so many rows runs through."""
-        return "kernels"
+        return "persistent" if self.persistent is not None and num_rows <= MAX_ROWS else "kernels"
+
+    def failure(self) -> str | None:
+        """Why the persistent kernel gave up, readable also when the device is gone; None: it did not."""
+        return None if self.persistent is None else self.persistent.failure()
+
+    def _decode_shape(self) -> DecodeShape:
+        config = self.config
+        return DecodeShape.of(self.weights, config.num_experts_per_tok, config.rms_norm_eps, config.rope_theta)
 
     def allocate_kv(self, num_blocks: int, block_size: int, kind: str) -> KVMemory:
         """KV memory of `num_blocks` blocks, zeros; kinds as in `kv_memory`.
+
+        The persistent kernel, where it runs, is made for this memory: later steps must use it.
 
         Raises:
             StartupError: blocks are not of 64 tokens.
@@ -102,7 +132,17 @@ class FusedMiniMaxM2:
             raise StartupError(f"--block-size must be {BLOCK_SIZE} on a GPU, got {block_size}.")
         scales = [layer.kv_scales for layer in self.weights.layers]
         device = self.weights.embed.device
-        return KVMemory.allocate(self.config, num_blocks, kind, scales, device, self.target.fp8_dtype)
+        kv = KVMemory.allocate(self.config, num_blocks, kind, scales, device, self.target.fp8_dtype)
+        if self._not_persistent is None and device.type == "cuda":
+            try:
+                self.persistent = PersistentDecode(
+                    self.weights, self._decode_shape(), self.target, kv.layers, min(MAX_ROWS, self.max_rows),
+                    self._cache_dir, self.uniform_routing,
+                )  # fmt: skip
+            except CudaError as error:
+                self._not_persistent = f"it does not compile here: {error}"
+                logger.warning("No persistent kernel: %s", error)
+        return kv
 
     def forward(self, inputs: DeviceInputs, kv: KVMemory) -> torch.Tensor:
         """Compute one step, writing its keys and values into `kv`.
@@ -114,6 +154,14 @@ class FusedMiniMaxM2:
             Logits [S, vocab] float32 of the tokens in `inputs.logit_index`: a view of the work space, overwritten by
             the next step.
         """
+        num_rows = len(inputs.row_ids)
+        # In a decode step every row samples its one token.
+        if self.path_of(num_rows) == "persistent" and inputs.num_decode_rows == num_rows == len(inputs.logit_index):
+            assert self.persistent is not None
+            out = self.space.logits[:num_rows]
+            self.persistent.step(inputs.token_ids, inputs.positions, inputs.context_lens, inputs.row_ids,
+                                 inputs.block_tables, out)  # fmt: skip
+            return out
         return self.logits(self.hidden(inputs, kv))
 
     def hidden(self, inputs: DeviceInputs, kv: KVMemory) -> torch.Tensor:

@@ -144,7 +144,7 @@ class Bench:
             total += milliseconds
             yield self._line(name, shape, milliseconds / count, needed.get(name, Work()))
         yield self._line("sum of stages", shape, total, Work())
-        milliseconds = measuring.graph_ms(lambda: model.forward(inputs, self.kv))
+        milliseconds = measuring.graph_ms(lambda: model.logits(model.hidden(inputs, self.kv)))
         yield self._line("forward", shape, milliseconds, step(self.config, shape))
 
     def _line(self, name: str, shape: Shape, milliseconds: float, work: Work) -> dict[str, Any]:
