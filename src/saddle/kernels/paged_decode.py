@@ -3,7 +3,8 @@
 
 A step first makes a list of items on the device (`plan_decode`, one launch a step): each row's blocks are cut into as
 many items as its length deserves, so that all items together make about two programs a multiprocessor, whatever the
-lengths. The grid is a bound that only depends on the number of rows: a captured graph serves any context.
+lengths. Among a few such cuts the list takes the one whose last round of programs leaves the least of the chip idle.
+The grid is a bound that only depends on the number of rows: a captured graph serves any context.
 
 A program then takes one item and one KV head, whose query heads are the rows of one tile (6 of 16: the tensor cores
 need 16, and memory is what limits). Items of one row leave partial results behind; the one that ends last adds them
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 PROGRAMS_PER_SM = 2
 # Blocks below which an item is not cut further: its fixed cost is that of reading about two blocks.
 MIN_BLOCKS = 2
+# What an item costs beside reading its blocks, in blocks.
+ITEM_COST = 2
+# Items may be up to this many times those that fill the chip, where more than FEW_ROWS rows would leave a ragged end.
+# Fewer rows are cut finely anyway, and their grid stays small.
+MAX_CUT, FEW_ROWS = 4, 8
 ITEM_FIELDS = 8  # of an item: row (-1: none), first block, number of blocks, first item of the row, items of the row
 HEADS_UP = 16  # query heads of a KV head, rounded up to the tensor cores' rows
 PARTIAL_HEADS = 8  # of those, stored in partial results
@@ -52,6 +58,7 @@ class DecodeWork:
     stats      [2, max_items, kv_heads, 16] float32, largest scores and sums of weights
     counters   [max_rows * kv_heads] int32, zero between launches
     target_items   items that fill the chip
+    num_slots      programs that the chip holds at once
     """
 
     items: torch.Tensor
@@ -59,50 +66,61 @@ class DecodeWork:
     stats: torch.Tensor
     counters: torch.Tensor
     target_items: int
+    num_slots: int
 
-    @staticmethod
-    def target(num_kv_heads: int, num_sms: int) -> int:
-        return max(1, num_sms * PROGRAMS_PER_SM // num_kv_heads)
+    def max_items(self, num_rows: int) -> int:
+        """Bound on the items of a step: cutting all blocks evenly leaves at most one short piece a row."""
+        return self.target_items * _cut(num_rows) + num_rows
 
     @classmethod
     def allocate(cls, max_rows: int, num_kv_heads: int, num_sms: int, device: torch.device) -> DecodeWork:
-        target = cls.target(num_kv_heads, num_sms)
-        # Cutting all blocks into pieces of total / target leaves at most one short piece a row.
-        count = target + max_rows
+        slots = num_sms * PROGRAMS_PER_SM
+        target = max(1, slots // num_kv_heads)
+        count = target * _cut(max_rows) + max_rows
         return cls(
             torch.full((count, ITEM_FIELDS), -1, dtype=torch.int32, device=device),
             torch.zeros(count, num_kv_heads, PARTIAL_HEADS, HEAD_DIM, device=device),
             torch.zeros(2, count, num_kv_heads, HEADS_UP, device=device),
             torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device),
-            target,
-        )
+            target, slots,
+        )  # fmt: skip
 
     @classmethod
     def bytes_for(cls, max_rows: int, num_kv_heads: int, num_sms: int) -> int:
-        count = cls.target(num_kv_heads, num_sms) + max_rows
-        numbers = count * (ITEM_FIELDS + num_kv_heads * (PARTIAL_HEADS * HEAD_DIM + 2 * HEADS_UP))
-        return 4 * (numbers + max_rows * num_kv_heads)
+        return cls.allocate(max_rows, num_kv_heads, num_sms, torch.device("meta")).num_bytes
 
     @property
     def num_bytes(self) -> int:
         return 4 * sum(tensor.numel() for tensor in (self.items, self.partial, self.stats, self.counters))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+def _cut(num_rows: int) -> int:
+    return 1 if num_rows <= FEW_ROWS else MAX_CUT
+
+
+@triton.jit(do_not_specialize=["num_rows", "cuts"])
 def _plan_kernel(
-    context_lens, items, num_rows,
-    TARGET: tl.constexpr, MIN: tl.constexpr, ROWS_UP: tl.constexpr, NUM_ITEMS: tl.constexpr, ITEMS_UP: tl.constexpr,
-    PDL: tl.constexpr,
+    context_lens, items, num_rows, cuts,
+    TARGET: tl.constexpr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr, MIN: tl.constexpr, COST: tl.constexpr,
+    ROWS_UP: tl.constexpr, NUM_ITEMS: tl.constexpr, ITEMS_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the items of all rows; one program."""
+    """Write the items of all rows; one program. `cuts`: how many numbers of items to weigh, TARGET * 2/2, 3/2, ..."""
     if PDL > 0:
         gdc_wait()
     if PDL == 1:
         gdc_launch_dependents()
     row = tl.arange(0, ROWS_UP)
     blocks = (tl.load(context_lens + row, mask=row < num_rows, other=0) + 63) // 64
-    piece = tl.maximum(tl.cdiv(tl.sum(blocks, 0), TARGET), MIN)
-    count = tl.cdiv(blocks, piece)
+    total = tl.sum(blocks, 0)
+    count = blocks
+    least = total * 0 + 0x7FFFFFFF
+    for cut in tl.range(0, cuts):
+        piece = tl.maximum(tl.cdiv(total, TARGET * (cut + 2) // 2), MIN)
+        found = tl.cdiv(blocks, piece)
+        longest = tl.max(tl.cdiv(blocks, tl.maximum(found, 1)), 0)
+        cost = tl.cdiv(tl.sum(found, 0) * KV_HEADS, SLOTS) * (longest + COST)
+        count = tl.where(cost < least, found, count)
+        least = tl.minimum(cost, least)
     end = tl.cumsum(count, 0)
     first = end - count
     for index in tl.range(0, tl.max(count, 0)):
@@ -444,9 +462,10 @@ def plan_decode(context_lens: torch.Tensor, work: DecodeWork, num_rows: int, pdl
         num_rows: rows with one new token, the first of the step.
     """
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    num_items, max_rows = len(work.items), len(work.items) - work.target_items
+    num_items, kv_heads = work.stats.shape[1:3]
     _plan_kernel[(1,)](
-        context_lens, work.items, num_rows, work.target_items, MIN_BLOCKS, triton.next_power_of_2(max_rows), num_items,
+        context_lens, work.items, num_rows, 2 * _cut(num_rows) - 1, work.target_items, work.num_slots, kv_heads,
+        MIN_BLOCKS, ITEM_COST, triton.next_power_of_2(len(work.counters) // kv_heads), num_items,
         triton.next_power_of_2(num_items), pdl, num_warps=4, **options,
     )  # fmt: skip
 
@@ -490,7 +509,7 @@ def _launch(
     if num_rows == 0:
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _decode_kernel[(kv_heads, work.target_items + num_rows)](
+    _decode_kernel[(kv_heads, work.max_items(num_rows))](
         source, q_norm, k_norm, eps, cos, sin, QUERY_SCALE, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables,
         block_tables.stride(0), row_ids, context_lens, work.items, work.partial, work.stats, work.stats.stride(0),
         work.counters, out.data, out.scale, kv_heads, group, _piece_of(num_heads), _piece_of(kv_heads),

@@ -74,7 +74,7 @@ def test_quantised_output() -> None:
 @in_interpreter
 @pytest.mark.parametrize(("lens", "num_sms"), [
     ([2048], 132), ([2048] * 8, 132), ([131072, 5, 0, 700], 132), ([0, 0], 132), ([64 * 3, 64 * 3 + 1, 1], 4),
-    ([17 * row for row in range(64)], 20), ([204800], 132),
+    ([17 * row for row in range(64)], 20), ([2048] * 128, 132), ([204800], 132),
 ], ids=str)  # fmt: skip
 def test_items_cover_every_block_once(lens: list[int], num_sms: int) -> None:
     work = paged_decode.DecodeWork.allocate(len(lens) + 2, 8, num_sms, CPU)
@@ -90,7 +90,17 @@ def test_items_cover_every_block_once(lens: list[int], num_sms: int) -> None:
     total = sum(sizes)
     # Items fill the chip where there is enough to do, and none is longer than an equal share.
     assert max(sizes, default=0) <= max(paged_decode.MIN_BLOCKS, -(-total // work.target_items))
-    assert len(items) <= work.target_items + len(lens)
+    assert len(items) <= work.max_items(len(lens))
+
+
+@in_interpreter
+def test_cuts_leave_no_ragged_end() -> None:
+    """24 equal rows of 32 blocks over 33 items' room: two items a row would take two rounds of 16 blocks, 32 in all."""
+    work = paged_decode.DecodeWork.allocate(24, 8, 132, CPU)
+    paged_decode.plan_decode(torch.full((24,), 2048, dtype=torch.int32), work, 24)
+    sizes = [item[2] for item in work.items.tolist() if item[0] >= 0]
+    rounds = -(-len(sizes) * 8 // work.num_slots)
+    assert rounds * max(sizes) <= 24
 
 
 @in_interpreter
