@@ -21,24 +21,24 @@ from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, MAX_FEW_TOK
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
     Block,
+    add_step,
     begin,
-    column_places,
+    check_activation,
+    factors,
     fit,
     launch_options,
     matrix_constants,
     quantised,
     release,
-    row_places,
-    scale_place,
-    slot_place,
-    widen,
+    weight_places,
+    weight_tensors,
 )
-from saddle.kernels.tiles import Fp8Tiles, PackedMatrix
+from saddle.kernels.tiles import PackedMatrix
 
 
 @triton.jit
 def _unit(
-    ids, counts, lists, units, index, capacity, EXPERTS: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr
+    ids, counts, lists, units, index, capacity, EXPERTS: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Expert of a unit (-1: no such unit), its pairs [BM], and which of them are real. ONE: a step of one token."""
     m = tl.arange(0, BM)
@@ -75,40 +75,31 @@ def _swiglu_columns(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["capacity"])
 def _up_few_kernel(
-    h, h_scales, w, w_scales, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr, K: tl.constexpr,
-    SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, ONE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    h, h_scales, w, w_scales, w_groups, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr,
+    K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    GROUP: tl.constexpr, INT4: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN interleaved rows of w1 and w3 of a unit's expert, for its BM pairs: act [pairs, N / 2]."""
     BLOCKS: tl.constexpr = N // BN
-    TILE_K: tl.constexpr = 64 // SIZE
-    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
-    SLOTS: tl.constexpr = K // SLOT_K
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
     expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
     if expert >= 0:
-        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
-        w_at = w + first * SLOT_VALUES + places
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
+        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
         s_at = w_scales + first * (SLOT_BYTES // 4)
         token = pair // TOP_K
         h_at = h + token[None, :] * K + k[:, None]
         total = tl.zeros([BN, BM], tl.float32)
         for step in tl.range(0, K, BK, num_stages=STAGES):
-            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES), eviction_policy="evict_first")
-            numbers = tl.load(h_at + step)
-            at = s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K)
-            scale = tl.where(n % 16 < 8, tl.load(at), tl.load(at + 1))
-            if A8:
-                shares = tl.load(h_scales + token * (K // 128) + step // 128)
-                total += tl.dot(weights, numbers) * shares[None, :] * scale[:, None]
-            else:
-                total += tl.dot(widen(weights), numbers) * scale[:, None]
+            total = add_step(total, w_at, s_at, g_at, h_at, h_scales + token * (K // 128), step, n, k, SLOT_K,
+                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, True, A8, True)  # fmt: skip
+        if GROUP > 0:
+            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
         release(PDL)
         active = _swiglu(total, BN, BM)
         row = block * (BN // 2) + tl.arange(0, BN // 2)
@@ -123,39 +114,31 @@ def _up_few_kernel(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _down_few_kernel(
-    act, act_scales, w, w_scales, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
+    act, act_scales, w, w_scales, w_groups, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
     K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
-    EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    ONE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, INT4: tl.constexpr, EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, ONE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN rows of w2 of a unit's expert, for its BM pairs: out [pairs, N], weighted."""
     BLOCKS: tl.constexpr = N // BN
-    TILE_K: tl.constexpr = 64 // SIZE
-    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
-    SLOTS: tl.constexpr = K // SLOT_K
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
     expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
     if expert >= 0:
-        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
-        w_at = w + first * SLOT_VALUES + places
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
+        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
         s_at = w_scales + first * (SLOT_BYTES // 4)
         a_at = act + pair.to(tl.int64)[None, :] * K + k[:, None]
         weight = tl.load(shares_of + pair, mask=real, other=0.0)
         total = tl.zeros([BN, BM], tl.float32)
         for step in tl.range(0, K, BK, num_stages=STAGES):
-            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES), eviction_policy="evict_first")
-            numbers = tl.load(a_at + step)
-            scale = tl.load(s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K))
-            if A8:
-                shares = tl.load(act_scales + pair * (K // 128) + step // 128)
-                total += tl.dot(weights, numbers) * (shares * scale)[None, :]
-            else:
-                total += tl.dot(widen(weights), numbers) * scale
+            total = add_step(total, w_at, s_at, g_at, a_at, act_scales + pair * (K // 128), step, n, k, SLOT_K,
+                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False, A8, True)  # fmt: skip
+        if GROUP > 0:
+            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
         release(PDL)
         row = block * BN + n
         at = pair.to(tl.int64)[None, :] * N + row[:, None]
@@ -164,40 +147,31 @@ def _down_few_kernel(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _up_many_kernel(
-    h, h_scales, w, w_scales, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr, K: tl.constexpr,
-    SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    h, h_scales, w, w_scales, w_groups, ids, counts, lists, units, act, act_scales, capacity, N: tl.constexpr,
+    K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    GROUP: tl.constexpr, INT4: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_up_few_kernel` with the pairs as rows."""
     BLOCKS: tl.constexpr = N // BN
-    TILE_K: tl.constexpr = 64 // SIZE
-    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
-    SLOTS: tl.constexpr = K // SLOT_K
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
     expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, False)
     if expert >= 0:
-        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
-        w_at = w + first * SLOT_VALUES + places
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
+        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
         s_at = w_scales + first * (SLOT_BYTES // 4)
         token = pair // TOP_K
         h_at = h + token[:, None] * K + k[None, :]
         total = tl.zeros([BM, BN], tl.float32)
         for step in tl.range(0, K, BK, num_stages=STAGES):
-            numbers = tl.load(h_at + step)
-            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES))
-            at = s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K)
-            scale = tl.where(n % 16 < 8, tl.load(at), tl.load(at + 1))
-            if A8:
-                shares = tl.load(h_scales + token * (K // 128) + step // 128)
-                total += tl.dot(numbers, weights.T) * (shares[:, None] * scale[None, :])
-            else:
-                total += tl.dot(numbers, widen(weights).T) * scale[None, :]
+            total = add_step(total, w_at, s_at, g_at, h_at, h_scales + token * (K // 128), step, n, k, SLOT_K,
+                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, True, A8, False)  # fmt: skip
+        if GROUP > 0:
+            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
         release(PDL)
         active = _swiglu_columns(total, BM, BN)
         column = block * (BN // 2) + tl.arange(0, BN // 2)
@@ -212,39 +186,31 @@ def _up_many_kernel(
 
 @triton.jit(do_not_specialize=["capacity"])
 def _down_many_kernel(
-    act, act_scales, w, w_scales, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
+    act, act_scales, w, w_scales, w_groups, ids, counts, lists, units, shares_of, out, capacity, N: tl.constexpr,
     K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
-    EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, INT4: tl.constexpr, EXPERTS: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`_down_few_kernel` with the pairs as rows."""
     BLOCKS: tl.constexpr = N // BN
-    TILE_K: tl.constexpr = 64 // SIZE
-    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
-    SLOTS: tl.constexpr = K // SLOT_K
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    places = row_places(n, SLOTS * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
     expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, False)
     if expert >= 0:
-        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * SLOTS
-        w_at = w + first * SLOT_VALUES + places
+        first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
+        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
         s_at = w_scales + first * (SLOT_BYTES // 4)
         a_at = act + pair.to(tl.int64)[:, None] * K + k[None, :]
         weight = tl.load(shares_of + pair, mask=real, other=0.0)
         total = tl.zeros([BM, BN], tl.float32)
         for step in tl.range(0, K, BK, num_stages=STAGES):
-            numbers = tl.load(a_at + step)
-            weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES))
-            scale = tl.load(s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K))
-            if A8:
-                shares = tl.load(act_scales + pair * (K // 128) + step // 128)
-                total += tl.dot(numbers, weights.T) * (shares * scale)[:, None]
-            else:
-                total += tl.dot(numbers, widen(weights).T) * scale
+            total = add_step(total, w_at, s_at, g_at, a_at, act_scales + pair * (K // 128), step, n, k, SLOT_K,
+                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False, A8, False)  # fmt: skip
+        if GROUP > 0:
+            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
         release(PDL)
         column = block * BN + n
         at = pair.to(tl.int64)[:, None] * N + column[None, :]
@@ -254,18 +220,16 @@ def _down_many_kernel(
 
 def up_block(num_tokens: int, w13: PackedMatrix, target: Target) -> Block:
     """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
-    size = 1 if target.has_fp8_dot else 2
     if num_tokens > MAX_FEW_TOKENS:
-        return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w13, w13.num_rows, size, target)
-    return fit(Block(256, FEW_UNIT_TOKENS, 128, 4, 8), w13, w13.num_rows, size, target)
+        return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w13, target)
+    return fit(Block(256, FEW_UNIT_TOKENS, 128, 4, 8), w13, target)
 
 
 def down_block(num_tokens: int, w2: PackedMatrix, target: Target) -> Block:
     """Tiles of `down`."""
-    size = 1 if target.has_fp8_dot else 2
     if num_tokens > MAX_FEW_TOKENS:
-        return fit(Block(128, MANY_UNIT_TOKENS, 128, 4, 8), w2, w2.num_rows, size, target)
-    return fit(Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8), w2, w2.num_rows, size, target)
+        return fit(Block(128, MANY_UNIT_TOKENS, 128, 4, 8), w2, target)
+    return fit(Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8), w2, target)
 
 
 def pair_dtype(num_tokens: int) -> torch.dtype:
@@ -292,7 +256,7 @@ def experts(
     num_tokens = h.data.shape[0]
     if num_tokens == 0:
         return
-    _check(h, w13, w2, act, out, work)
+    _check(h, w13, w2, act, out, work, target)
     blocks = up_block(num_tokens, w13, target), down_block(num_tokens, w2, target)
     launch(h, w13, w2, work, act, out, blocks, pdl)
 
@@ -306,16 +270,17 @@ def launch(
     units = max_units(num_tokens, work.num_experts, work.top_k, up.bm)
     lists = (work.ids, work.counts, work.lists, work.units)
     capacity, a8 = work.lists.shape[1], h.scale is not None
+    h_scales, act_scales = (h.scale, act.scale) if a8 else (h.data, act.data)  # bf16 has none: anything goes
     few: dict[str, bool] = {"ONE": num_tokens == 1} if num_tokens <= MAX_FEW_TOKENS else {}
     (_up_few_kernel if few else _up_many_kernel)[(units * (w13.num_rows // up.bn),)](
-        h.data, h.scale, w13.values if a8 else w13.data, w13.scale_values, *lists, act.data, act.scale, capacity,
-        N=w13.num_rows, **matrix_constants(w13), EXPERTS=work.num_experts, TOP_K=work.top_k, A8=a8, BN=up.bn,
-        BM=up.bm, BK=up.bk, **few, STAGES=up.stages, PDL=pdl, **launch_options(up, pdl),
+        h.data, h_scales, *weight_tensors(w13, a8), *lists, act.data, act_scales, capacity, N=w13.num_rows,
+        **matrix_constants(w13), EXPERTS=work.num_experts, TOP_K=work.top_k, A8=a8, BN=up.bn, BM=up.bm, BK=up.bk,
+        **few, STAGES=up.stages, PDL=pdl, **launch_options(up, pdl),
     )  # fmt: skip
     (_down_few_kernel if few else _down_many_kernel)[(units * (w2.num_rows // down.bn),)](
-        act.data, act.scale, w2.values if a8 else w2.data, w2.scale_values, *lists, work.weights, out, capacity,
-        N=w2.num_rows, **matrix_constants(w2), EXPERTS=work.num_experts, A8=a8, BN=down.bn, BM=down.bm, BK=down.bk,
-        **few, STAGES=down.stages, PDL=pdl, **launch_options(down, pdl),
+        act.data, act_scales, *weight_tensors(w2, a8), *lists, work.weights, out, capacity, N=w2.num_rows,
+        **matrix_constants(w2), EXPERTS=work.num_experts, A8=a8, BN=down.bn, BM=down.bm, BK=down.bk, **few,
+        STAGES=down.stages, PDL=pdl, **launch_options(down, pdl),
     )  # fmt: skip
 
 
@@ -336,13 +301,16 @@ def reference(
 
 
 def _check(
-    h: Activation, w13: PackedMatrix, w2: PackedMatrix, act: Activation, out: torch.Tensor, work: RouterWork
-) -> None:
-    if not (isinstance(w13.format, Fp8Tiles) and isinstance(w2.format, Fp8Tiles) and w13.interleaved):
-        raise ValueError("Experts need FP8 weights, w1 and w3 interleaved.")
+    h: Activation, w13: PackedMatrix, w2: PackedMatrix, act: Activation, out: torch.Tensor, work: RouterWork,
+    target: Target,
+) -> None:  # fmt: skip
+    if not w13.interleaved or w13.format != w2.format:
+        raise ValueError("Experts need w1 and w3 interleaved, and w2 in the same format.")
     if w13.num_rows % 256 or 2 * w2.num_cols != w13.num_rows or w2.num_rows != w13.num_cols:
         shapes = f"w13 [{w13.num_rows}, {w13.num_cols}] and w2 [{w2.num_rows}, {w2.num_cols}]"
         raise ValueError(f"w13 [2 I, H] and w2 [H, I] with I a multiple of 128 are needed, got {shapes}.")
+    check_activation(h, w13, target)
+    check_activation(act, w2, target)
     pairs = h.data.shape[0] * work.top_k
     if act.data.shape[0] < pairs or out.shape[0] < pairs:
         raise ValueError(f"{pairs} pairs need as many rows, got {act.data.shape[0]} and {out.shape[0]}.")

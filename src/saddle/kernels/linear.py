@@ -3,8 +3,9 @@
 
 FP8 weights meet FP8 activations on the matrix units, 128 columns at a time; each partial product is scaled by the
 weight's and the token's scale and summed in float32 (W8A8). Without FP8 units the weights become bf16 in registers
-(W8A16). bf16 weights (lm_head) meet bf16 activations. Rows of a weight share their scale in groups of 128, so a
-program's rows have one scale a step. Sums run in the order of k: same bits on every run.
+(W8A16), as 4-bit weights do everywhere (W4A16). bf16 weights (lm_head) meet bf16 activations. Rows of an FP8 weight
+share their scale in groups of 128, so a program's rows have one scale a step. Sums run in the order of k: same bits on
+every run.
 """
 
 from __future__ import annotations
@@ -17,60 +18,52 @@ from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
     Block,
+    add_step,
     begin,
-    column_places,
+    check_activation,
+    factors,
     fit,
     launch_options,
     matrix_constants,
     release,
-    row_places,
-    scale_place,
-    slot_place,
-    widen,
+    takes_fp8,
+    weight_places,
+    weight_tensors,
 )
 from saddle.kernels.tiles import Bf16Tiles, PackedMatrix
 
 # Up to here the weights are the rows of the product and all tokens one block of columns.
 MAX_FEW_TOKENS = 128
 # Token blocks that share a stretch of the weights in the second-level cache.
-GROUP_BLOCKS = 8
+BAND_BLOCKS = 8
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _few_kernel(
-    a, a_scales, w, w_scales, out, num_tokens, N: tl.constexpr, K: tl.constexpr, SLOT_K: tl.constexpr,
-    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    a, a_scales, w, w_scales, w_groups, out, num_tokens, N: tl.constexpr, K: tl.constexpr, SLOT_K: tl.constexpr,
+    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
+    A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[s, m, n] = sum over the s-th part of k of w[n, k] a[m, k], the weights being the product's rows."""
     block = tl.program_id(0)
     part = tl.program_id(1)
-    TILE_K: tl.constexpr = 64 // SIZE
-    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
     PART_K: tl.constexpr = K // SPLIT
     n = tl.arange(0, BN)
     m = tl.arange(0, BM)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     first = block.to(tl.int64) * (BN // 16) * (K // SLOT_K)
-    places = row_places(n, K // SLOT_K * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
-    w_at = w + first * SLOT_VALUES + places
+    w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
     s_at = w_scales + first * (SLOT_BYTES // 4)
     token = tl.minimum(m, num_tokens - 1)
     a_at = a + token[None, :] * K + k[:, None]
     begin(PDL)
     total = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(part * PART_K, part * PART_K + PART_K, BK, num_stages=STAGES):
-        weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES), eviction_policy="evict_first")
-        numbers = tl.load(a_at + step)
-        if SCALE_K == 0:
-            total = tl.dot(weights, numbers, total)
-        else:
-            scale = tl.load(s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K))
-            if A8:
-                shares = tl.load(a_scales + token * (K // 128) + step // 128)
-                total += tl.dot(weights, numbers) * (shares * scale)[None, :]
-            else:
-                total += tl.dot(widen(weights), numbers) * scale
+        total = add_step(total, w_at, s_at, g_at, a_at, a_scales + token * (K // 128), step, n, k, SLOT_K, SLOT_BYTES,
+                         SIZE, SCALE_K, GROUP, INT4, False, A8, True)  # fmt: skip
+    if GROUP > 0:
+        total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
     release(PDL)
     place = part * num_tokens * N + m[None, :] * N + (block * BN + n)[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(m < num_tokens)[None, :] & (n >= 0)[:, None])
@@ -78,45 +71,36 @@ def _few_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _many_kernel(
-    a, a_scales, w, w_scales, out, num_tokens, N: tl.constexpr, K: tl.constexpr, SLOT_K: tl.constexpr,
-    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    a, a_scales, w, w_scales, w_groups, out, num_tokens, N: tl.constexpr, K: tl.constexpr, SLOT_K: tl.constexpr,
+    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
+    A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] for BM tokens and BN rows of the weight, the tokens being the product's rows."""
-    TILE_K: tl.constexpr = 64 // SIZE
-    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
     pid = tl.program_id(0)
     # Programs that run together cover few blocks of tokens: what they read fits the second-level cache.
     blocks = tl.cdiv(num_tokens, BM)
-    per_group = GROUP * (N // BN)
-    first_block = pid // per_group * GROUP
-    height = tl.minimum(blocks - first_block, GROUP)
-    m_block = first_block + pid % per_group % height
-    n_block = pid % per_group // height
+    per_band = BAND * (N // BN)
+    first_block = pid // per_band * BAND
+    height = tl.minimum(blocks - first_block, BAND)
+    m_block = first_block + pid % per_band % height
+    n_block = pid % per_band // height
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     row = m_block * BM + m
     token = tl.minimum(row, num_tokens - 1).to(tl.int64)
     first = n_block.to(tl.int64) * (BN // 16) * (K // SLOT_K)
-    places = row_places(n, K // SLOT_K * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
-    w_at = w + first * SLOT_VALUES + places
+    w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
     s_at = w_scales + first * (SLOT_BYTES // 4)
     a_at = a + token[:, None] * K + k[None, :]
     begin(PDL)
     total = tl.zeros([BM, BN], tl.float32)
     for step in tl.range(0, K, BK, num_stages=STAGES):
-        numbers = tl.load(a_at + step)
-        weights = tl.load(w_at + slot_place(step, SLOT_K, SLOT_VALUES))
-        if SCALE_K == 0:
-            total = tl.dot(numbers, weights.T, total)
-        else:
-            scale = tl.load(s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K))
-            if A8:
-                shares = tl.load(a_scales + token * (K // 128) + step // 128)
-                total += tl.dot(numbers, weights.T) * (shares * scale)[:, None]
-            else:
-                total += tl.dot(numbers, widen(weights).T) * scale
+        total = add_step(total, w_at, s_at, g_at, a_at, a_scales + token * (K // 128), step, n, k, SLOT_K, SLOT_BYTES,
+                         SIZE, SCALE_K, GROUP, INT4, False, A8, False)  # fmt: skip
+    if GROUP > 0:
+        total *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
     release(PDL)
     place = token[:, None] * N + (n_block * BN + n)[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < num_tokens)[:, None] & (n >= 0)[None, :])
@@ -131,15 +115,15 @@ def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
         block = Block(32 if num_tokens <= 16 else 64, bm, 128, 5, 4)
     else:
         block = Block(64, bm, 128, 5 if num_tokens < 128 else 3, 4)
-    return fit(block, w, w.num_rows, 1 if target.has_fp8_dot and w.format.dtype.itemsize == 1 else 2, target)
+    return fit(block, w, target)
 
 
 def many_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
     """Tiles for more tokens."""
     block = Block(128, 128 if num_tokens > 256 else 64, 128, 4, 8)
-    if isinstance(w.format, Bf16Tiles) or not target.has_fp8_dot:
+    if not takes_fp8(w, target):
         block = Block(128, 128, 64, 4, 8)
-    return fit(block, w, w.num_rows, 1 if target.has_fp8_dot and w.format.dtype.itemsize == 1 else 2, target)
+    return fit(block, w, target)
 
 
 def split_k(num_tokens: int, w: PackedMatrix, target: Target) -> int:
@@ -167,15 +151,15 @@ def linear(a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pd
     num_tokens = a.data.shape[0]
     if num_tokens == 0:
         return
-    _check(a, w, target)
+    check_activation(a, w, target)
     constants = {"N": w.num_rows, **matrix_constants(w)}
-    weights = w.values if a.scale is not None or isinstance(w.format, Bf16Tiles) else w.data
     a8 = a.scale is not None
+    weights = weight_tensors(w, a8)
     if num_tokens <= MAX_FEW_TOKENS:
         block = few_block(num_tokens, w, target)
         parts = 1 if out.dim() == 2 else out.shape[0]
         _few_kernel[(w.num_rows // block.bn, parts)](
-            a.data, a.scale, weights, w.scale_values, out, num_tokens, **constants, A8=a8, BN=block.bn, BM=block.bm,
+            a.data, a.scale if a8 else a.data, *weights, out, num_tokens, **constants, A8=a8, BN=block.bn, BM=block.bm,
             BK=block.bk, SPLIT=parts, STAGES=block.stages, PDL=pdl, **launch_options(block, pdl),
         )  # fmt: skip
         return
@@ -184,8 +168,8 @@ def linear(a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pd
     block = many_block(num_tokens, w, target)
     grid = (triton.cdiv(num_tokens, block.bm) * (w.num_rows // block.bn),)
     _many_kernel[grid](
-        a.data, a.scale, weights, w.scale_values, out, num_tokens, **constants, A8=a8, BN=block.bn, BM=block.bm,
-        BK=block.bk, GROUP=GROUP_BLOCKS, STAGES=block.stages, PDL=pdl, **launch_options(block, pdl),
+        a.data, a.scale if a8 else a.data, *weights, out, num_tokens, **constants, A8=a8, BN=block.bn, BM=block.bm,
+        BK=block.bk, BAND=BAND_BLOCKS, STAGES=block.stages, PDL=pdl, **launch_options(block, pdl),
     )  # fmt: skip
 
 
@@ -197,12 +181,3 @@ def lm_head(h: torch.Tensor, w: PackedMatrix, out: torch.Tensor, target: Target,
 def reference(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """The reference: [T, N] float32 of values a [T, K] and w [N, K]."""
     return a.to(torch.float32) @ w.to(torch.float32).T
-
-
-def _check(a: Activation, w: PackedMatrix, target: Target) -> None:
-    wants_fp8 = not isinstance(w.format, Bf16Tiles) and target.has_fp8_dot
-    if (a.scale is not None) != wants_fp8:
-        form = f"{w.format.dtype if wants_fp8 else torch.bfloat16}"
-        raise ValueError(f"A weight of {w.format} on {target.arch} takes activations of {form}, got {a.data.dtype}.")
-    if a.data.shape[1] != w.num_cols:
-        raise ValueError(f"A weight of {w.num_cols} columns takes as many, got {list(a.data.shape)}.")

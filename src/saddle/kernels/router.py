@@ -166,7 +166,7 @@ def _select_kernel(
 
 @triton.jit
 def _units_kernel(
-    counts, units, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr
+    counts, units, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The units of all experts in their order, and how many there are."""
     expert = tl.arange(0, EXPERTS_PADDED)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
-from saddle.kernels.tiles import TILE_ROW_BYTES, TILE_ROWS, Bf16Tiles, PackedMatrix
+from saddle.kernels.tiles import Fp8Tiles, NibbleTiles, PackedMatrix, row_bytes
 
 # Shared memory that a kernel uses beside its pipeline: reductions and layout changes.
 SPARE_SHARED_BYTES = 6 * 1024
@@ -35,6 +37,27 @@ def release(PDL: tl.constexpr):
     """PDL 2: let the next kernel start, because only the epilogue is left."""
     if PDL == 2:
         gdc_launch_dependents()
+
+
+@triton.jit
+def weight_places(
+    w, w_groups, first, n, k, K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr,
+    GROUP: tl.constexpr, INT4: tl.constexpr,
+):  # fmt: skip
+    """Pointers to a block of weights [rows, columns] and to its rows' group scales [rows] (4-bit; else unused).
+
+    first: slots before the block's first row of tiles; n, k: rows and columns (bytes, 4-bit) within the block.
+    """
+    TILE_K: tl.constexpr = 64 // SIZE
+    SLOT_VALUES: tl.constexpr = SLOT_BYTES // SIZE
+    places = row_places(n, K // SLOT_K * SLOT_VALUES, TILE_K)[:, None] + column_places(k, TILE_K)[None, :]
+    w_at = w + first * SLOT_VALUES + places
+    if GROUP > 0:
+        UNIT: tl.constexpr = 2 if INT4 else 1
+        g_at = w_groups + first * (SLOT_BYTES // UNIT) + group_places(n, K, SLOT_K, SLOT_BYTES, GROUP, INT4)
+    else:
+        g_at = w_groups + n
+    return w_at, g_at
 
 
 @triton.jit
@@ -69,6 +92,102 @@ def widen(weights):
 
 
 @triton.jit
+def nibble_values(numbers, scales, INT4: tl.constexpr):
+    """4-bit numbers times their scales, bfloat16 (exact for e2m1, whose three bits are moved like E4M3's seven)."""
+    if INT4:
+        wide = (numbers.to(tl.int32) - 8).to(tl.float32).to(tl.bfloat16)
+    else:
+        bits = ((numbers & 8).to(tl.uint16) << 12) | ((numbers & 7).to(tl.uint16) << 6)
+        wide = bits.to(tl.bfloat16, bitcast=True) * 85070591730234615865843651857942052864.0
+    return wide * scales
+
+
+@triton.jit
+def group_scales(
+    g_at, step, columns, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
+):  # fmt: skip
+    """Scales [BN, columns] of a 4-bit weight; g_at: places of its rows in bytes (E4M3) or bfloat16."""
+    SLOT_SCALES: tl.constexpr = SLOT_BYTES // 2 if INT4 else SLOT_BYTES
+    place = (step // SLOT_K) * SLOT_SCALES + (step % SLOT_K + columns) // GROUP
+    scales = tl.load(g_at[:, None] + place[None, :])
+    if not INT4:
+        scales = widen(scales)
+    return scales
+
+
+@triton.jit
+def group_places(
+    rows, K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the scales of rows of a 4-bit weight."""
+    UNIT: tl.constexpr = 2 if INT4 else 1
+    return (rows // 16) * (K // SLOT_K * SLOT_BYTES // UNIT) + 8 * SLOT_K // UNIT + rows % 16 * (SLOT_K // GROUP)
+
+
+@triton.jit
+def factors(s_at, rows, SLOT_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr):
+    """Factors [BN] of a 4-bit weight, rows alternating 8 by 8 between two."""
+    UNIT: tl.constexpr = 2 if INT4 else 1
+    at = s_at + 2 * SLOT_K + 4 * UNIT * SLOT_K // GROUP
+    return tl.where(rows % 16 < 8, tl.load(at), tl.load(at + 1))
+
+
+@triton.jit
+def add_step(
+    total, w_at, s_at, g_at, a_at, shares_at, step, n, k, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr,
+    SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr, HALVES: tl.constexpr,
+    A8: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """total plus the product of the weight's and the activation's columns from `step` on, whatever the format.
+
+    total is [weight rows, tokens] where WEIGHTS_FIRST, else [tokens, weight rows]; a_at points to [columns, tokens] or
+    [tokens, columns], w_at always to [weight rows, columns]. HALVES: rows alternate 8 by 8 between two scales.
+    shares_at: the tokens' scales [tokens], where A8.
+    """
+    if GROUP > 0:
+        packed = tl.load(w_at + (step // SLOT_K) * SLOT_BYTES + step % SLOT_K * 8, eviction_policy="evict_first")
+        low = nibble_values(packed & 15, group_scales(g_at, step, k, SLOT_K, SLOT_BYTES, GROUP, INT4), INT4)
+        high = nibble_values(packed >> 4, group_scales(g_at, step, k + 64, SLOT_K, SLOT_BYTES, GROUP, INT4), INT4)
+        if WEIGHTS_FIRST:
+            total = tl.dot(low, tl.load(a_at + step), total)
+            total = tl.dot(high, tl.load(a_at + step + 64), total)
+        else:
+            total = tl.dot(tl.load(a_at + step), low.T, total)
+            total = tl.dot(tl.load(a_at + step + 64), high.T, total)
+    else:
+        at = w_at + slot_place(step, SLOT_K, SLOT_BYTES // SIZE)
+        if WEIGHTS_FIRST:
+            weights = tl.load(at, eviction_policy="evict_first")  # read once: leaves the cache to the activations
+        else:
+            weights = tl.load(at)
+        numbers = tl.load(a_at + step)
+        if SCALE_K == 0:
+            total = tl.dot(weights, numbers, total) if WEIGHTS_FIRST else tl.dot(numbers, weights.T, total)
+        else:
+            scale_at = s_at + scale_place(step, SLOT_K, SLOT_BYTES, SCALE_K)
+            scale = tl.load(scale_at)
+            if not A8:
+                weights = widen(weights)
+            product = tl.dot(weights, numbers) if WEIGHTS_FIRST else tl.dot(numbers, weights.T)
+            if HALVES:
+                scales = tl.where(n % 16 < 8, scale, tl.load(scale_at + 1))
+                if A8:
+                    shares = tl.load(shares_at + step // 128)
+                    if WEIGHTS_FIRST:
+                        total += product * (shares[None, :] * scales[:, None])
+                    else:
+                        total += product * (shares[:, None] * scales[None, :])
+                else:
+                    total += product * (scales[:, None] if WEIGHTS_FIRST else scales[None, :])
+            elif A8:
+                shares = tl.load(shares_at + step // 128) * scale
+                total += product * (shares[None, :] if WEIGHTS_FIRST else shares[:, None])
+            else:
+                total += product * scale
+    return total
+
+
+@triton.jit
 def quantised(values, AXIS: tl.constexpr, FP8: tl.constexpr):
     """Scale [.] of each group of values along AXIS, and the values divided by it, in FP8 (`quant.quantise`)."""
     LARGEST: tl.constexpr = 240.0 if tl.float8e4b8 == FP8 else 448.0
@@ -87,37 +206,56 @@ class Block:
     warps: int
 
 
-def matrix_constants(w: PackedMatrix) -> dict[str, int]:
+def matrix_constants(w: PackedMatrix) -> dict[str, Any]:
     """The compile-time constants by which a kernel finds its way in a matrix."""
-    size = w.format.dtype.itemsize
     return {
         "K": w.num_cols,
         "SLOT_K": w.slot_k,
         "SLOT_BYTES": w.slot_bytes,
-        "SIZE": size,
-        "SCALE_K": 0 if isinstance(w.format, Bf16Tiles) else w.format.scale_k,
+        "SIZE": w.format.dtype.itemsize,
+        "SCALE_K": w.format.scale_k if isinstance(w.format, Fp8Tiles) else 0,
+        "GROUP": w.format.group if isinstance(w.format, NibbleTiles) else 0,
+        "INT4": isinstance(w.format, NibbleTiles) and w.format.numbers == "int4",
     }
 
 
-def fit(block: Block, w: PackedMatrix, num_rows: int, activation_bytes: int, target: Target) -> Block:
-    """A block that the matrix and the shared memory allow: a step of k lies in one slot and under one scale.
+def weight_tensors(w: PackedMatrix, a8: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The matrix as a kernel takes it: numbers (bytes where they are widened), float32, and group scales."""
+    int4 = isinstance(w.format, NibbleTiles) and w.format.numbers == "int4"
+    numbers = w.data if isinstance(w.format, Fp8Tiles) and not a8 else w.values
+    return numbers, w.scale_values, w.group_values if int4 else w.data
 
-    Args:
-        num_rows: rows of the matrix that programs share out.
-        activation_bytes: of one number of the activation.
-    """
-    unit = w.slot_k if isinstance(w.format, Bf16Tiles) else min(w.slot_k, w.format.scale_k)
+
+def takes_fp8(w: PackedMatrix, target: Target) -> bool:
+    """Whether products with this weight take FP8 activations on this target, else bf16."""
+    return isinstance(w.format, Fp8Tiles) and target.has_fp8_dot
+
+
+def check_activation(a: Activation, w: PackedMatrix, target: Target) -> None:
+    """Raise a ValueError if the activation's form or width does not fit the weight."""
+    if (a.scale is not None) != takes_fp8(w, target):
+        form = target.fp8_dtype if takes_fp8(w, target) else torch.bfloat16
+        raise ValueError(f"A weight of {w.format} on {target.arch} takes activations of {form}, got {a.data.dtype}.")
+    if a.data.shape[1] != w.num_cols:
+        raise ValueError(f"A weight of {w.num_cols} columns takes as many, got {list(a.data.shape)}.")
+
+
+def fit(block: Block, w: PackedMatrix, target: Target) -> Block:
+    """A block that the matrix and the shared memory allow: a step of k lies in one slot and under one scale."""
     bn, bk = block.bn, block.bk
+    while w.num_rows % bn:
+        bn //= 2
+    if isinstance(w.format, NibbleTiles):
+        bk = 128  # one tile's columns
+    unit = w.format.scale_k if isinstance(w.format, Fp8Tiles) else w.slot_k
     while w.slot_k % bk or unit % bk:
         bk //= 2
-    while num_rows % bn:
-        bn //= 2
-    column = bn * w.format.dtype.itemsize + block.bm * activation_bytes
+    column = bn * row_bytes(128, w.format) / 128 + block.bm * (1 if takes_fp8(w, target) else 2)
     room = target.shared_bytes - SPARE_SHARED_BYTES
     # Two turns in flight and one at work at least: narrower steps where memory is short.
-    while room // (bk * column) < min(3, block.stages) and bk > 64:
+    while room // (bk * column) < min(3, block.stages) and bk > 64 and not isinstance(w.format, NibbleTiles):
         bk //= 2
-    stages = min(block.stages, max(1, room // (bk * column)))
+    stages = min(block.stages, max(1, int(room // (bk * column))))
     if not target.is_cuda:
         stages = min(stages, 2)  # no asynchronous copies that many turns could have in flight
     return Block(bn, block.bm, bk, stages, block.warps)
@@ -126,21 +264,3 @@ def fit(block: Block, w: PackedMatrix, num_rows: int, activation_bytes: int, tar
 def launch_options(block: Block, pdl: int) -> dict[str, Any]:
     """Keyword arguments of a launch; `launch_pdl` exists on sm_90 and newer only."""
     return {"num_warps": block.warps, **({"launch_pdl": True} if pdl else {})}
-
-
-__all__ = [
-    "TILE_ROWS",
-    "TILE_ROW_BYTES",
-    "Block",
-    "begin",
-    "column_places",
-    "fit",
-    "launch_options",
-    "matrix_constants",
-    "quantised",
-    "release",
-    "row_places",
-    "scale_place",
-    "slot_place",
-    "widen",
-]

@@ -123,7 +123,8 @@ class PackedMatrix:
     data           uint8 [.., num_rows / 16, num_cols / slot_k, slot_bytes], contiguous
     interleaved    rows alternate 8 by 8 between the first and the second half of the matrix (w1 and w3)
     values         `data` seen as numbers of the format's dtype, [.., slot_bytes / itemsize]
-    scale_values   `data` seen as float32 [.., slot_bytes / 4] (FP8)
+    scale_values   `data` seen as float32 [.., slot_bytes / 4] (scales of FP8, factors of 4-bit numbers)
+    group_values   `data` seen as bfloat16 [.., slot_bytes / 2] (group scales of int4)
     """
 
     data: torch.Tensor = field(repr=False)
@@ -134,6 +135,7 @@ class PackedMatrix:
     interleaved: bool = False
     values: torch.Tensor = field(init=False, repr=False)
     scale_values: torch.Tensor = field(init=False, repr=False)
+    group_values: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         shape = (self.num_rows // TILE_ROWS, self.num_cols // self.slot_k, slot_bytes(self.slot_k, self.format))
@@ -142,6 +144,7 @@ class PackedMatrix:
             raise ValueError(f"A packed matrix needs contiguous uint8 [.., {', '.join(map(str, shape))}], got {found}.")
         self.values = self.data.view(self.format.dtype)
         self.scale_values = self.data.view(torch.float32)
+        self.group_values = self.data.view(torch.bfloat16)
 
     @property
     def num_slots(self) -> int:
