@@ -33,6 +33,7 @@ GROUP = 6
 SPLITS = 16
 CTAS_FOR_ROUTER = 2  # rows of the router a multiprocessor
 BLOCK_THREADS = 512
+SHARED_BYTES = 232448  # all that a block may have on sm_90; what state.cuh adds up is below it
 PARTIAL_PITCH = HEAD_DIM + 2
 CLAIM_PITCH = 32
 SYNC_WORDS = 128
@@ -185,11 +186,6 @@ def compile_options(shape: DecodeShape, rows: int, kv_format: int, num_ctas: int
     return [*found, "-DSADDLE_PROFILE"] if profile else found
 
 
-def shared_bytes(rows: int, shape: DecodeShape) -> int:
-    """Dynamic shared memory of a block: what shapes.cuh adds up is below it for every shape that is supported."""
-    return 232448
-
-
 class PersistentDecode:
     """The kernel for one model and one KV memory. Compiles on construction, never later.
 
@@ -241,17 +237,18 @@ class PersistentDecode:
         for rows in self.variants:
             options = compile_options(shape, rows, kv_format, self.num_ctas, profile)
             cubin = nvrtc.cached_cubin(cache_dir, "persistent.cu", files, options, tag)
-            kernel = nvrtc.Kernel(cubin, "persistent_decode", shared_bytes(rows, shape))
+            kernel = nvrtc.Kernel(cubin, "persistent_decode", SHARED_BYTES)
             if kernel.blocks_per_sm(BLOCK_THREADS) < 1:
                 raise ValueError("The persistent kernel does not fit a multiprocessor of this GPU.")
             self._kernels[rows] = kernel
 
-    @property
-    def num_bytes(self) -> int:
-        """Device memory that this object holds beside model and KV."""
-        own = [*self.workspace.values(), *(g for g, layer in zip(self._gates, self._model.layers, strict=True)
-                                           if g.data_ptr() != layer.gate.data_ptr())]  # fmt: skip
-        return sum(tensor.numel() * tensor.element_size() for tensor in own)
+    @staticmethod
+    def num_bytes(shape: DecodeShape, max_rows: int, num_ctas: int) -> int:
+        """Device memory that this object holds beside model and KV: its workspace and a turned copy of each router."""
+        rows = next(size for size in VARIANTS if size >= max_rows)
+        work = _workspace(shape, rows, num_ctas, torch.device("meta")).values()
+        gates = shape.num_layers * shape.num_experts * shape.hidden * 4
+        return gates + sum(tensor.numel() * tensor.element_size() for tensor in work)
 
     def spilled_bytes(self) -> dict[int, int]:
         """Local memory a thread of each binary, by rows."""

@@ -27,7 +27,11 @@ DEVICE void start_residual(const Consumer& c) {
     const int row = i / HIDDEN;
     u32 pair = 0;
     if ((c.rows >> row) & 1) pair = __ldg((const u32*)(c.p.embed + (i64)c.shared->token[row] * HIDDEN + i - row * HIDDEN));
-    c.p.residual[i] = to_residual(__uint_as_float(pair << 16));
-    c.p.residual[i + 1] = to_residual(__uint_as_float(pair & 0xffff0000u));
+    const float x[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    for (int j = 0; j < 2; j++) {
+      const bool fits = fabsf(x[j]) < RESIDUAL_LIMIT;
+      c.p.residual[i + j] = fits ? to_residual(x[j]) : 0;
+      if (!fits) or_relaxed(c.p.sync + SYNC_BAD_ROWS, 1u << row);
+    }
   }
 }
