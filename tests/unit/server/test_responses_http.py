@@ -90,6 +90,22 @@ async def test_everything_that_is_said_about_a_response(tokenizer: Tokenizer) ->
     assert "ignored" not in reply
 
 
+async def test_what_reaches_the_engine(tokenizer: Tokenizer) -> None:
+    body = {"input": "hi", "reasoning": {"effort": "none"}, "cache_salt": "salt", "priority": 3, "seed": 7, "top_k": 5,
+            "stop": "END", "min_p": 0.1}  # fmt: skip
+    defaults = {"temperature": 0.7, "top_p": 0.8}
+    async with running(tokenizer, words(tokenizer, "x"), defaults=defaults) as server:
+        status, reply = await server.post(PATH, body)
+        (request,) = server.client.requests
+    assert status == 200
+    assert (request.cache_salt, request.priority) == ("salt", 3)
+    assert request.grammar is not None
+    assert (request.grammar.max_thinking_tokens, request.grammar.after_token_id) == (0, tokenizer.end_think_id)
+    params = request.params
+    assert (params.seed, params.top_k, params.stop, params.min_p) == (7, 5, ("END",), 0.1)
+    assert (reply["temperature"], reply["top_p"]) == (params.temperature, params.top_p) == (0.7, 0.8)
+
+
 async def test_stream_ends_with_the_response_that_is_kept(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, words(tokenizer, *CALL)) as server:
         told = await frames(server, {"input": "hi", "tools": [TOOL]})
