@@ -6,6 +6,7 @@ The demo model knows nothing of schemas and is sampled hot: what validates does 
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ import openai
 import pytest
 
 from tests.serve.processes import ServerProcess
+from tests.unit.grammar.grammar_support import Case, bfcl_cases
 
 HI: list[Any] = [{"role": "user", "content": "Tell me something."}]
 MODEL = "saddle-demo"
+EVERY = int(os.environ.get("BFCL_EVERY", "80"))  # one published case of so many
 # Schemas whose outputs are short whatever is drawn.
 REPORT = {
     "type": "object",
@@ -186,6 +189,30 @@ def test_strict_tools_hold_in_free_text(client: openai.OpenAI, server: ServerPro
     for choice in chat(client, n=3, tools=TOOLS, parallel_tool_calls=False, logit_bias=bias).choices:
         [call] = choice.message.tool_calls
         arguments_of(call)
+
+
+def test_published_tools_are_called_right(client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tools of the Berkeley Function Calling Leaderboard: every call under `required` that ends validates."""
+    cases = list(bfcl_cases())[::EVERY]
+
+    def call(case: Case) -> Any:
+        question = [{"role": "user", "content": "Use a tool."}]
+        return chat(client, messages=question, tools=case.tools, tool_choice="required", temperature=0.7,
+                    max_tokens=120, parallel_tool_calls=False).choices[0]  # fmt: skip
+
+    with ThreadPoolExecutor(16) as pool:
+        choices = list(pool.map(call, cases))
+    num_ended = 0
+    for case, choice in zip(cases, choices, strict=True):
+        if choice.finish_reason == "length":
+            continue
+        num_ended += 1
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in case.tools}
+        [made] = choice.message.tool_calls
+        jsonschema.validate(json.loads(made.function.arguments), schemas[made.function.name])
+    with capsys.disabled():
+        print(f"\nBFCL, calls of the demo model under required: {num_ended} of {len(cases)} ended, all valid")
+    assert num_ended >= len(cases) // 3
 
 
 # thinking --------------------------------------------------------------------------------------------------------
