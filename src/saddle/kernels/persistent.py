@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -233,14 +234,19 @@ class PersistentDecode:
         self._gates = [layer.gate.t().contiguous() for layer in model.layers]
         self._params = self._fill(uniform_routing, wait_seconds)
         files, tag = sources(), f"{target.arch}-{VERSION}"
-        self._kernels = {}
-        for rows in self.variants:
+
+        def compiled(rows: int) -> bytes:
             options = compile_options(shape, rows, kv_format, self.num_ctas, profile)
-            cubin = nvrtc.cached_cubin(cache_dir, "persistent.cu", files, options, tag)
-            kernel = nvrtc.Kernel(cubin, "persistent_decode", SHARED_BYTES)
-            if kernel.blocks_per_sm(BLOCK_THREADS) < 1:
-                raise ValueError("The persistent kernel does not fit a multiprocessor of this GPU.")
-            self._kernels[rows] = kernel
+            return nvrtc.cached_cubin(cache_dir, "persistent.cu", files, options, tag)
+
+        with ThreadPoolExecutor(len(self.variants)) as pool:  # seconds each, and NVRTC lets go of Python's lock
+            cubins = list(pool.map(compiled, self.variants))
+        self._kernels = {
+            rows: nvrtc.Kernel(cubin, "persistent_decode", SHARED_BYTES)
+            for rows, cubin in zip(self.variants, cubins, strict=True)
+        }
+        if any(kernel.blocks_per_sm(BLOCK_THREADS) < 1 for kernel in self._kernels.values()):
+            raise ValueError("The persistent kernel does not fit a multiprocessor of this GPU.")
 
     @staticmethod
     def num_bytes(shape: DecodeShape, max_rows: int, num_ctas: int) -> int:

@@ -20,7 +20,7 @@
 #include "qkv.cuh"
 #include "router.cuh"
 
-// The step's rows: lengths, positions, rotations, and how attention's splits fall. All threads; ends with a barrier.
+// The step's rows: lengths, positions, rotations, and how attention's splits fall. Consumers; ends with their barrier.
 DEVICE void start_step(const Params& p, Shared* s) {
   const int thread = threadIdx.x;
   if (thread < MAX_ROWS) {
@@ -31,7 +31,7 @@ DEVICE void start_step(const Params& p, Shared* s) {
     s->token[thread] = context > 0 ? p.token_ids[thread] : 0;
     s->table[thread] = context > 0 ? p.row_ids[thread] : 0;
   }
-  __syncthreads();
+  consumers_sync();
   if (thread == 0) {
     u32 rows = 0;
     int units = 0;
@@ -42,7 +42,6 @@ DEVICE void start_step(const Params& p, Shared* s) {
       units += (s->context[row] + UNIT_TOKENS - 1) / UNIT_TOKENS;
     }
     s->first_unit[MAX_ROWS] = units;
-    s->started = global_nanoseconds();
     s->rows = rows;
   }
   if (thread < MAX_ROWS * (ROTARY_DIM / 2)) {
@@ -54,8 +53,8 @@ DEVICE void start_step(const Params& p, Shared* s) {
     s->rotary[row][i] = cosine;
     s->rotary[row][ROTARY_DIM / 2 + i] = sine;
   }
-  for (int i = thread; i < 2 * UNIT_TOKENS; i += BLOCK_THREADS) s->new_scales[i] = 0;
-  __syncthreads();
+  for (int i = thread; i < 2 * UNIT_TOKENS; i += NUM_THREADS) s->new_scales[i] = 0;
+  consumers_sync();
   if (thread < MAX_ROWS && ((s->rows >> thread) & 1)) {
     // The split that holds unit u is the last one that begins at or before it.
     const int units = s->first_unit[MAX_ROWS];
@@ -63,7 +62,7 @@ DEVICE void start_step(const Params& p, Shared* s) {
     s->last_split[thread] = ((s->first_unit[thread + 1] - 1) * SPLITS + SPLITS - 1) / units;
   }
   cache_blocks(p, s);
-  __syncthreads();
+  consumers_sync();
 }
 
 DEVICE void run_layer(Consumer& c, int l) {
@@ -136,9 +135,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
       mbarrier_init(shared_address(&shared->empty[i]), NUM_WARPS);
     }
     mbarrier_init(shared_address(&shared->routed), 1);
+    mbarrier_init(shared_address(&shared->rows_known), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    shared->started = global_nanoseconds();
   }
-  start_step(p, shared);
+  __syncthreads();
   if (threadIdx.x >= NUM_THREADS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (threadIdx.x == NUM_THREADS) {
@@ -147,6 +148,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    start_step(p, shared);
+    if (threadIdx.x == 0) mbarrier_arrive(shared_address(&shared->rows_known));
     Consumer c{p, shared, ring, act, act + ACT_BYTES};
     forget(c);
     c.rows = shared->rows;

@@ -1,6 +1,6 @@
 // The producer: one thread that streams, slot by slot, all weights and KV that this multiprocessor will use, in the order
 // in which the consumers use them. It runs ahead over every barrier as far as the ring and the window allow; only the
-// experts wait, for the routing.
+// experts wait, for the routing, and the first layer's KV, for the rows.
 //
 // Contract: the stages below and the consumers' stages take the same slots in the same order.
 #pragma once
@@ -122,7 +122,7 @@ DEVICE void send_kv(Producer& d, int layer) {
   }
 }
 
-// Keeps the ids of the blocks that `send_kv` will ask for first. All threads of the block, before the step.
+// Keeps the ids of the blocks that `send_kv` will ask for first. Consumers, before the step.
 DEVICE void cache_blocks(const Params& p, Shared* shared) {
   if (blockIdx.x >= ATTENTION_CTAS) return;
   int cached = 0;
@@ -131,7 +131,7 @@ DEVICE void cache_blocks(const Params& p, Shared* shared) {
     if (!segment_of(shared, row, blockIdx.x % SPLITS, s) || s.loaded <= 0) continue;
     const int first = s.begin / UNITS_PER_BLOCK, count = (s.begin + s.loaded - 1) / UNITS_PER_BLOCK - first + 1;
     const int* table = p.block_tables + (i64)shared->table[row] * p.max_blocks + first;
-    for (int i = threadIdx.x; i < count && cached + i < CACHED_BLOCKS; i += BLOCK_THREADS) shared->blocks[cached + i] = table[i];
+    for (int i = threadIdx.x; i < count && cached + i < CACHED_BLOCKS; i += NUM_THREADS) shared->blocks[cached + i] = table[i];
     cached += count;
   }
 }
@@ -148,6 +148,7 @@ DEVICE void produce(Producer& d) {
       send_tiles(d, QKV_TILES, turn, 0, QkvShape::SLOTS, QkvShape::SLOT_BYTES, claims,
                  [&](int tile) { return layer.qkv + (i64)tile * (QkvShape::SLOTS * QkvShape::SLOT_BYTES); });
       d.window = WINDOW_OTHER;
+      if (l == 0) mbarrier_wait(p, d.shared, &d.shared->rows_known, 0, FAILED_RING);
       send_kv(d, l);
       send_tiles(d, O_PARTS * (HIDDEN / TILE_ROWS), turn + NUM_CTAS / 2, 0, O_SLOTS, OutputShape::SLOT_BYTES, claims, [&](int tile) {
         const int part = tile / (HIDDEN / TILE_ROWS), strip = tile % (HIDDEN / TILE_ROWS);

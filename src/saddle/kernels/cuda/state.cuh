@@ -73,7 +73,8 @@ struct Params {
 struct Shared {
   u64 full[RING_SLOTS];
   u64 empty[RING_SLOTS];
-  u64 routed;
+  u64 routed;  // the layer's experts are listed
+  u64 rows_known;  // the step's rows are set, once a launch
   int code[RING_SLOTS];  // tile in the slot, LAST_TILE, or NO_TILE
   int blocks[CACHED_BLOCKS];
   __align__(16) u16 query[8 * 136];  // bf16 or f16 [head][128 + 8]: the pitch spreads rows over banks
