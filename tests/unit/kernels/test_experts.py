@@ -7,12 +7,15 @@ import torch
 
 pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
 
-from saddle.kernels import experts, quant, router, target, tiles
-from tests.support.interpreted import in_interpreter, outside, run_file
+from saddle.kernels import experts, nibbles, quant, router, target, tiles
+from tests.support import exact_interpreter
+from tests.support.interpreted import IS_INTERPRETED, in_interpreter, outside, run_file
 
-CHIP = target.of_arch("sm_90")
+if IS_INTERPRETED:
+    exact_interpreter.repair()
+CHIP, CHIP_WITHOUT_FP8 = target.of_arch("sm_90"), target.of_arch("sm_80")
 WIDTH, EXPERTS, TOP_K, INNER = 128, 6, 2, 256
-ERROR = 0.08  # the interpreter cuts act to three bits of mantissa; rounding halves it
+FP8_ERROR, BF16_ERROR = 0.03, 4e-3  # rounding of what lies between the two products
 
 
 def weight(rows: int, columns: int, interleaved: bool = False) -> tiles.PackedMatrix:
@@ -25,27 +28,65 @@ def test_in_the_interpreter() -> None:
     run_file(__file__)
 
 
-@in_interpreter
-@pytest.mark.parametrize("size", [1, 6, 40, 257])
-def test_experts(size: int) -> None:
-    torch.manual_seed(size)
-    w13, w2 = weight(2 * INNER, WIDTH, True), weight(WIDTH, INNER)
+def nibble_weight(tile_format: tiles.NibbleTiles, rows: int, columns: int, interleaved: bool) -> tiles.PackedMatrix:
+    matrix = tiles.allocate(rows, columns, tile_format, "cpu", (EXPERTS,), interleaved)
+    for half, part in enumerate((rows // 2, rows // 2) if interleaved else (rows,)):
+        numbers = torch.randint(0, 16, (EXPERTS, part, columns), dtype=torch.uint8)
+        scale = (torch.rand(EXPERTS, part, columns // tile_format.group) + 0.2).to(tile_format.scale_dtype)
+        nibbles.pack_into(matrix, numbers, scale, torch.rand(EXPERTS) * 0.05, 0, half if interleaved else None)
+    return matrix
+
+
+def run(size: int, chip: target.Target, w13: tiles.PackedMatrix, w2: tiles.PackedMatrix, dtype: torch.dtype) -> float:
+    """Route, compute the experts, and return the error of the rows against the reference."""
     work = router.RouterWork.allocate(300, WIDTH, EXPERTS, TOP_K, "cpu")
     tokens = torch.arange(size, dtype=torch.int32)
     num_pads = 1 if size > 1 else 0
     tokens[size - num_pads :] = -1
-    h = quant.allocate(size, WIDTH, torch.float8_e4m3fn, "cpu")
+    h = quant.allocate(size, WIDTH, dtype, "cpu")
     router.route(torch.randn(size, WIDTH), None, torch.ones(WIDTH), 1e-6, torch.randn(WIDTH, EXPERTS),
-                 torch.zeros(EXPERTS), tokens, tokens, 0, False, work, h, CHIP)  # fmt: skip
-    act = quant.allocate(size * TOP_K, INNER, torch.float8_e4m3fn, "cpu")
+                 torch.zeros(EXPERTS), tokens, tokens, 0, False, work, h, chip)  # fmt: skip
+    act = quant.allocate(size * TOP_K, INNER, dtype, "cpu")
     out = torch.full((size * TOP_K, WIDTH), torch.nan)
-    experts.experts(h, w13, w2, work, act, out, CHIP)
+    experts.experts(h, w13, w2, work, act, out, chip)
     used = size - num_pads
     ids, weights = (t[: used * TOP_K].view(used, TOP_K) for t in (work.ids, work.weights))
-    wanted = experts.reference(quant.dequantise(h), ids, weights, tiles.dequantise(w13), tiles.dequantise(w2))
-    found = out[: used * TOP_K]
-    assert float((found - wanted).norm() / wanted.norm()) < ERROR
+    values = [(nibbles if isinstance(w.format, tiles.NibbleTiles) else tiles).dequantise(w) for w in (w13, w2)]
+    wanted = experts.reference(quant.dequantise(h), ids, weights, *values)
     assert out[used * TOP_K :].isnan().all()
+    return float((out[: used * TOP_K] - wanted).norm() / wanted.norm())
+
+
+def few_up_to(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small steps take the way of large ones."""
+    for module in (router, experts):
+        monkeypatch.setattr(module, "MAX_FEW_TOKENS", num_tokens)
+
+
+@in_interpreter
+@pytest.mark.parametrize("size", [1, 6, 40, 70])
+def test_experts(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(size)
+    few_up_to(40, monkeypatch)
+    assert run(size, CHIP, weight(2 * INNER, WIDTH, True), weight(WIDTH, INNER), torch.float8_e4m3fn) < FP8_ERROR
+
+
+@in_interpreter
+def test_fp8_weights_are_widened_without_fp8_units() -> None:
+    torch.manual_seed(0)
+    w13, w2 = weight(2 * INNER, WIDTH, True), weight(WIDTH, INNER)
+    for size in (1, 9):
+        assert run(size, CHIP_WITHOUT_FP8, w13, w2, torch.bfloat16) < BF16_ERROR
+
+
+@in_interpreter
+@pytest.mark.parametrize("tile_format", [tiles.NibbleTiles("e2m1", 16), tiles.NibbleTiles("int4", 128)], ids=str)
+@pytest.mark.parametrize("size", [5, 20])
+def test_4_bit_weights(size: int, tile_format: tiles.NibbleTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(size)
+    few_up_to(8, monkeypatch)
+    w13, w2 = nibble_weight(tile_format, 2 * INNER, WIDTH, True), nibble_weight(tile_format, WIDTH, INNER, False)
+    assert run(size, CHIP, w13, w2, torch.bfloat16) < BF16_ERROR
 
 
 @outside

@@ -7,10 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
 
-from saddle.kernels import linear, quant, target, tiles
-from tests.support.interpreted import in_interpreter, outside, run_file
+from saddle.kernels import linear, nibbles, quant, target, tiles
+from tests.support import exact_interpreter
+from tests.support.interpreted import IS_INTERPRETED, in_interpreter, outside, run_file
 
-CHIP = target.of_arch("sm_90")
+if IS_INTERPRETED:
+    exact_interpreter.repair()
+CHIP, CHIP_WITHOUT_FP8 = target.of_arch("sm_90"), target.of_arch("sm_80")
+BF16_ERROR = 3e-3
 
 
 def weight(rows: int, columns: int) -> tiles.PackedMatrix:
@@ -37,6 +41,44 @@ def test_products(shape: tuple[int, int]) -> None:
         out = torch.full((linear.split_k(size, matrix, CHIP), size, shape[0]), torch.nan)
         linear.linear(a, matrix, out, CHIP)
         assert error(out.sum(0), linear.reference(quant.dequantise(a), values)) < 1e-5, size
+
+
+@in_interpreter
+def test_fp8_weights_are_widened_without_fp8_units() -> None:
+    torch.manual_seed(2)
+    matrix = weight(128, 256)
+    matrix.data[0, 0, :8] = torch.tensor([0, 1, 7, 8, 0x7E, 0x80, 0x81, 0xFE], dtype=torch.uint8)  # with subnormals
+    for size in (2, 140):
+        a = quant.quantise(torch.randn(size, 256), torch.bfloat16)
+        out = torch.full((size, 128), torch.nan)
+        linear.linear(a, matrix, out, CHIP_WITHOUT_FP8)
+        assert error(out, linear.reference(a.data, tiles.dequantise(matrix))) < 1e-5, size
+
+
+@in_interpreter
+@pytest.mark.parametrize("tile_format", [tiles.NibbleTiles("e2m1", 16), tiles.NibbleTiles("int4", 32),
+                                         tiles.NibbleTiles("int4", 128)], ids=str)  # fmt: skip
+def test_4_bit_weights(tile_format: tiles.NibbleTiles) -> None:
+    torch.manual_seed(4)
+    matrix = tiles.allocate(128, 512, tile_format, "cpu")
+    scale = (torch.rand(128, 512 // tile_format.group) + 0.2).to(tile_format.scale_dtype)
+    nibbles.pack_into(matrix, torch.randint(0, 16, (128, 512), dtype=torch.uint8), scale, 0.01)
+    for size in (3, 130):
+        a = quant.quantise(torch.randn(size, 512), torch.bfloat16)
+        out = torch.full((size, 128), torch.nan)
+        linear.linear(a, matrix, out, CHIP)
+        exact = 1e-5 if tile_format.numbers == "e2m1" else BF16_ERROR  # int4 times its scale is rounded to bf16
+        assert error(out, linear.reference(a.data, nibbles.dequantise(matrix))) < exact, size
+
+
+@in_interpreter
+def test_bf16_weights() -> None:
+    torch.manual_seed(5)
+    matrix = tiles.pack(torch.randn(128, 320).bfloat16())
+    for size in (2, 130):
+        h, out = torch.randn(size, 320).bfloat16(), torch.full((size, 128), torch.nan)
+        linear.lm_head(h, matrix, out, CHIP)
+        assert error(out, linear.reference(h, tiles.dequantise(matrix))) < 1e-5, size
 
 
 @outside

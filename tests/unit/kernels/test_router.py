@@ -10,11 +10,13 @@ pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
 from saddle.kernels import moe, quant, router, target
 from saddle.kernels.norm_rope import rms_norm
 from saddle.runner.random import MASK, mix
-from tests.support.interpreted import in_interpreter, outside, run_file
+from tests.support import exact_interpreter
+from tests.support.interpreted import IS_INTERPRETED, in_interpreter, outside, run_file
 
+if IS_INTERPRETED:
+    exact_interpreter.repair()
 CHIP = target.of_arch("sm_90")
 WIDTH, EXPERTS, TOP_K = 256, 12, 3  # neither a power of two
-FP8_ERROR = 0.08  # the interpreter cuts to three bits of mantissa; rounding halves it
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -27,9 +29,10 @@ def test_in_the_interpreter() -> None:
 
 
 @in_interpreter
-@pytest.mark.parametrize("size", [1, 5, 65, 258])
-def test_route(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 5, 40, 65])
+def test_route(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(size)
+    monkeypatch.setattr(router, "MAX_FEW_TOKENS", 40)
     x, parts = torch.randn(size, WIDTH), torch.randn(2, size, WIDTH)
     weight, gate, bias = torch.rand(WIDTH) + 0.5, torch.randn(WIDTH, EXPERTS) * 0.1, torch.randn(EXPERTS) * 0.1
     positions = torch.arange(size, dtype=torch.int32)
@@ -42,7 +45,7 @@ def test_route(size: int) -> None:
     router.route(x, parts, weight, 1e-6, gate, bias, positions, positions, 0, False, work, h, CHIP)
     assert error(x, wanted_x) < 1e-6
     normed = rms_norm(wanted_x, weight, 1e-6)
-    assert error(quant.dequantise(h), normed) < FP8_ERROR
+    assert error(quant.dequantise(h), quant.dequantise(quant.quantise(normed))) < 3e-3  # few fall the other way
     wanted_ids, wanted_weights = moe.route(normed, gate, bias, TOP_K)
     ids, weights = (t[: size * TOP_K].view(size, TOP_K) for t in (work.ids, work.weights))
     real = size - num_pads
