@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,3 +268,29 @@ def test_no_effort_is_no_thinking(client: openai.OpenAI) -> None:
     assert [item.type for item in reply.output] in (["message"], [])
     assert reply.usage is not None
     assert reply.usage.output_tokens_details.reasoning_tokens == 0
+
+
+# a model that was trained -----------------------------------------------------------------------------------------
+
+
+def test_demo_checkpoint_runs_a_tool_loop() -> None:
+    """`saddle serve` without a model, and nothing scripted: the model calls, gets the result and reports it."""
+    server = ServerProcess([])
+    weather: Any = {"type": "function", "name": "get_weather", "description": "Get the current weather in a city.",
+                    "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
+                                   "required": ["city"]}}  # fmt: skip
+    fields: Any = {"model": "saddle-demo", "tools": [weather], "temperature": 0}
+    try:
+        with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
+            first = client.responses.create(input="What is the weather in Paris?", **fields)
+            (call,) = [item for item in first.output if item.type == "function_call"]
+            assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+            result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": '{"temperature": 21}'}
+            last = client.responses.create(input=[result], previous_response_id=first.id, **fields)
+    finally:
+        ends_well(server)
+    assert "21" in last.output_text
+    assert first.usage is not None
+    assert last.usage is not None
+    # All of the first response is computed but its last token, and full blocks of 16 tokens are kept.
+    assert last.usage.input_tokens_details.cached_tokens == (first.usage.total_tokens - 1) // 16 * 16
