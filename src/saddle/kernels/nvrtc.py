@@ -35,11 +35,11 @@ def nvrtc() -> ctypes.CDLL:
     Raises:
         CudaError: there is none.
     """
-    packages = [Path(folder) / "nvidia" for folder in sys.path if (Path(folder) / "nvidia").is_dir()]
+    folders = [lib for folder in sys.path for lib in sorted(Path(folder).glob("nvidia/*/lib"))]
     for name in NVRTC_NAMES:
-        for folder in packages:
-            for path in sorted(folder.glob(f"*/lib/{name}")):
-                return ctypes.CDLL(str(path))
+        for folder in [*folders, Path("/usr/local/cuda/lib64")]:
+            if (folder / name).exists():
+                return ctypes.CDLL(str(folder / name))
         try:
             return ctypes.CDLL(name)
         except OSError:
