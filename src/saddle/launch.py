@@ -67,6 +67,8 @@ def build_core(
         policy=config.scheduler.policy,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         max_num_queued_reqs=config.scheduler.max_num_queued_reqs,
+        max_step_s=None if info.max_step_ms is None else info.max_step_ms / 1000,
+        yields_half=info.yields_half,
     )
     eos_ids = GenerationConfig.load(folder).eos_ids
     grammar = build_grammar(tokenizer, info.vocab_size, eos_ids) if with_grammars else None

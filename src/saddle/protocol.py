@@ -330,6 +330,8 @@ class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
 class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What start-up of the devices found and decided; the scheduler is built from it.
 
+    max_step_ms   predicted time of a step that prompt tokens may fill beside decoding rows; None: no bound
+    yields_half   whether prompts get as much time as the decoding rows in any case
     lines   what was loaded, measured and chosen, one sentence each with its reason, printed once
     """
 
@@ -340,6 +342,8 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     vocab_size: int
     plans_in_flight: int = 1
+    max_step_ms: float | None = None
+    yields_half: bool = False
     lines: list[str] = []
 
 

@@ -78,6 +78,11 @@ class Request:
         return self.key < other.key
 
     @property
+    def num_left(self) -> int:
+        """Tokens to compute before it samples, those that the cache may hold included."""
+        return self.num_total - self.num_computed
+
+    @property
     def num_generated(self) -> int:
         """Generated ids that are known."""
         return len(self.token_ids) - self.num_prompt

@@ -15,8 +15,9 @@ rules that keep memory right:
                 Generated blocks when their ids are known and the step that computed them landed.
     failure     a failed step ends the requests of all plans in flight, and forgets every block that these wrote.
 
-Order of service is one key, (priority, arrival). Rows that decode go first, then prompts. When blocks run out the
-last request in that order gives way, never an earlier one to a later one: so the first always gets on.
+Order of service is one key, (priority, arrival). Rows that decode go first, then prompts; a long prompt leaves up to
+half of a step to much shorter ones behind it. When blocks run out the last request in that order gives way, never an
+earlier one to a later one: so the first always gets on.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import heapq
 import random
 import time
 from collections import deque
-from dataclasses import dataclass
 
-from saddle.config import Policy
 from saddle.engine.flight import Draft, Flight
 from saddle.engine.kv_cache import KVCache
+from saddle.engine.limits import Limits
+from saddle.engine.pacing import Pacer
 from saddle.engine.request import NO_ROW, Request, Status, from_tokens
 from saddle.errors import ContextTooLong, EngineError, InvalidRequest, Overloaded
 from saddle.protocol import (
@@ -45,26 +46,7 @@ from saddle.protocol import (
     TokenRequest,
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the scheduler may use.
-
-    max_model_len   most tokens of prompt and output together
-    max_num_seqs    rows of the device
-    max_num_batched_tokens   tokens a step
-    max_num_queued_reqs      waiting requests beyond which new ones are refused; None: no bound
-    """
-
-    num_blocks: int
-    block_size: int
-    vocab_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    policy: Policy = "fcfs"
-    enable_prefix_caching: bool = True
-    max_num_queued_reqs: int | None = None
+__all__ = ["Limits", "Scheduler"]
 
 
 class Scheduler:
@@ -79,6 +61,7 @@ class Scheduler:
     def __init__(self, limits: Limits, eos_ids: frozenset[int], seed: int | None = None) -> None:
         self.limits = limits
         self.kv = KVCache(limits.num_blocks, limits.block_size, limits.enable_prefix_caching)
+        self._pacer = Pacer(limits.max_step_s, limits.yields_half, limits.block_size)
         self._eos_ids = eos_ids
         # A request alone must fit, or it could never get on.
         self._max_total = min(limits.max_model_len, limits.num_blocks * limits.block_size)
@@ -194,6 +177,7 @@ class Scheduler:
         """The next plan; empty if nothing can be planned before a result lands."""
         draft = Draft(self._next_step, self.limits.max_num_batched_tokens)
         prompts = self._plan_decodes(draft)
+        draft.budget = self._pacer.limit(draft.budget, len(draft.work))
         self._plan_prompts(draft, prompts)
         self._next_step += 1
         flight = draft.seal()
@@ -225,22 +209,48 @@ class Scheduler:
         return prompts
 
     def _plan_prompts(self, draft: Draft, prompts: deque[Request]) -> None:
-        """Tokens for rows that are further behind and for waiting requests, in order of service."""
+        """Tokens for rows that are further behind and for waiting requests.
+
+        The first in order of service leads. Of the others the one with the least to do comes next.
+        """
+        leader: Request | None = None
         while draft.budget > 0:
             while prompts and prompts[0].status is not Status.RUNNING:
                 prompts.popleft()  # preempted meanwhile
-            waiting = self._next_waiting(draft)
-            if waiting is not None and not (prompts and prompts[0] < waiting):
-                cached = self.kv.match(waiting)
-                if self._fits(waiting, cached, prompts):
-                    self._plan_prompt(draft, waiting, cached)
-                else:
-                    draft.may_admit = False
-            elif prompts:
-                request = prompts.popleft()
-                self._plan_prompt(draft, request, self.kv.match(request))
-            else:
+            request = self._next_prompt(draft, prompts, leader)
+            if request is None:
                 return
+            cached = self.kv.match(request)
+            if request.status is Status.RUNNING:
+                prompts.popleft()
+            elif not self._fits(request, cached, prompts):
+                draft.may_admit = False
+                continue
+            most = draft.budget
+            if leader is None:
+                leader = request
+                skipped = len(cached) * self.limits.block_size
+                most -= self._reserved(draft, request, request.num_left - skipped, prompts)
+                prompts = deque(sorted(prompts, key=lambda each: each.num_left))
+            self._plan_prompt(draft, request, cached, most)
+
+    def _next_prompt(self, draft: Draft, prompts: deque[Request], leader: Request | None) -> Request | None:
+        """The leader: the first in order of service; later whoever has the least to do."""
+        waiting = self._next_waiting(draft)
+        if waiting is None or not prompts:
+            return prompts[0] if prompts else waiting
+        running = prompts[0]
+        runs_first = running < waiting if leader is None else running.num_left <= waiting.num_left
+        return running if runs_first else waiting
+
+    def _reserved(self, draft: Draft, leader: Request, num_left: int, prompts: deque[Request]) -> int:
+        """Tokens that the leader, who has `num_left` to do, leaves to others with less than half of that to do."""
+        if num_left <= draft.budget:
+            return 0
+        waits = leader.status is Status.WAITING
+        behind = self._waiting[waits : waits + 1] if draft.may_admit and len(self._free_rows) > waits else []
+        wanted = sum(other.num_left for other in (*prompts, *behind) if 2 * other.num_left < num_left)
+        return min(draft.budget // 2, wanted)
 
     def _next_waiting(self, draft: Draft) -> Request | None:
         """The first waiting request, if a row may be given to it now."""
@@ -255,16 +265,15 @@ class Scheduler:
         promised = len(self._running) + sum(kv.num_blocks_of(r.num_total) - len(r.block_ids) for r in prompts)
         return need + promised <= kv.room(cached)
 
-    def _plan_prompt(self, draft: Draft, request: Request, cached: list[int]) -> None:
-        """Skip the `cached` blocks, then give as many tokens as budget and memory allow.
+    def _plan_prompt(self, draft: Draft, request: Request, cached: list[int], most: int) -> None:
+        """Skip the `cached` blocks, then give at most `most` tokens, as many as memory allows.
 
         A prompt that is cut ends at a block's end where it can, so that it can go on from the cache, and is the last
-        one of its step: what is left of the budget is less than a block, and another request with the same prompt
-        would spend it on tokens that this one computes next.
+        one of its step unless it leaves tokens to others: what is left of the budget is less than a block then.
         """
         kv, block_size = self.kv, self.limits.block_size
         start = request.num_computed + len(cached) * block_size
-        end = min(request.num_total, start + draft.budget)
+        end = min(request.num_total, start + most)
         if end < request.num_total and end - start >= block_size:
             end -= end % block_size
         num_held = len(request.block_ids) + len(cached)
@@ -280,7 +289,7 @@ class Scheduler:
             self._admit(draft, request, start, cached)
         else:
             num_cached, fresh = start - request.num_computed, cached + fresh
-        if end < request.num_total:
+        if end < request.num_total and most == draft.budget:
             draft.budget = end - start
         self._give(draft, request, end - start, num_cached, fresh)
         draft.published += kv.publish(request, min(end, request.num_prompt))
@@ -356,6 +365,7 @@ class Scheduler:
                 raise EngineError(f"Step {flight.plan.step_id} was due, the device answered step {result.step_id}.")
             for request in flight.requests:
                 request.num_flights -= 1
+            self._pacer.observe(plan, result.device_s)
             if result.error is not None:
                 self._fail(flight, result.error, deltas)
             else:

@@ -137,6 +137,8 @@ def bench(
     fail_steps: Collection[int] = (),
     grammar: GrammarBackend | None = None,
     step_s: float | Callable[[StepPlan], float] = 0.0,
+    max_step_s: float | None = None,
+    yields_half: bool = False,
 ) -> Bench:
     device = FakeExecutor(
         script or from_function(token_at),
@@ -157,6 +159,8 @@ def bench(
         policy=policy,
         enable_prefix_caching=caching,
         max_num_queued_reqs=max_queued,
+        max_step_s=max_step_s,
+        yields_half=yields_half,
     )
     scheduler = Scheduler(limits, frozenset({EOS}), seed=0)
     made = Bench(EngineCore(device, scheduler, plans_in_flight, grammar), scheduler, device)

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from engine_support import EOS, bench, expected, request, stops_after
+from engine_support import EOS, Bench, bench, expected, request, stops_after
 
 from saddle.executor.fake import from_function
 from saddle.protocol import FinishReason
@@ -306,12 +306,41 @@ def test_an_urgent_prompt_goes_before_the_rest_of_a_long_one(plans: int) -> None
     assert [work.row for plan in made.plans[1:3] for work in plan.work] == [1, 1]
 
 
+def tokens_by_step(made: Bench) -> list[dict[int, int]]:
+    """For each plan, the tokens that each row computes."""
+    return [{work.row: work.num_tokens for work in plan.work} for plan in made.plans]
+
+
 @in_flight
-def test_a_long_prompt_is_not_overtaken(plans: int) -> None:
-    made = bench(plans_in_flight=plans, max_num_batched_tokens=8)
-    made.submit(request("long", [5] * 40, 1), request("short", [6] * 4, 1))
+def test_a_long_prompt_leaves_half_to_a_short_one_behind_it(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=16, block_size=4)
+    made.submit(request("long", [5] * 80, 1), request("short", [6] * 19, 1))
     made.run()
-    assert [plan.step_id for plan in made.plans for admit in plan.admits if 6 in admit.token_ids] == [5]
+    steps = tokens_by_step(made)
+    assert [step.get(0) for step in steps[:3]] == [8, 8, 12] and [step.get(1) for step in steps[:3]] == [8, 8, 3]
+    assert [step.get(0) for step in steps[3:6]] == [16, 16, 16]
+
+
+@in_flight
+def test_prompts_of_one_length_come_one_after_the_other(plans: int) -> None:
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=16, block_size=4)
+    made.submit(request("a", [5] * 40, 1), request("b", [6] * 40, 1), request("c", [7] * 24, 1))
+    made.run()
+    steps = tokens_by_step(made)
+    assert [step.get(0) for step in steps[:3]] == [16, 16, 8]
+    assert not any(1 in step for step in steps[:2])
+
+
+@in_flight
+def test_prompts_that_begin_alike_share_what_each_computes(plans: int) -> None:
+    """The short one skips what the long one has, computes on from there, and the long one skips that."""
+    made = bench(plans_in_flight=plans, max_num_batched_tokens=16, block_size=4)
+    made.submit(request("long", [5] * 90, 1))
+    made.step()
+    made.submit(request("short", [5] * 30 + [6, 7], 1))
+    made.run()
+    steps = tokens_by_step(made)
+    assert steps[1] == {0: 8, 1: 8} and made.device.num_tokens_computed == 90 + 4
 
 
 @in_flight
