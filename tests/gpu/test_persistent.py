@@ -3,6 +3,8 @@ Memory between the stages is poisoned before every step."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,9 @@ from saddle.kernels.persistent import ALL_STAGES, ATTENTION, EXPERTS, DecodeShap
 from saddle.model.packed import PackedModel
 from tests.support import decode_reference as reference
 
+ROOT = Path(__file__).resolve().parents[2]
+# The bundled checkpoint's.
+DEMO = DecodeShape(256, 12, 2, 16, 4, 128, 1024, 4)
 # All of M2 but the number of layers and the vocabulary, which is cut for time.
 SHAPE = DecodeShape(3072, 48, 8, 256, 8, 1536, 32000, 2)
 NUM_BLOCKS, TABLE = 8 * 132, 130
@@ -215,3 +220,50 @@ def test_in_a_graph(case: Case) -> None:
         logits.fill_(float("nan"))
         graph.replay()
         assert torch.equal(logits, wanted)
+
+
+def demo_kernel(wait_seconds: float) -> tuple[PersistentDecode, PackedModel, list[KVLayer]]:
+    model = reference.random_model(DEMO, "cuda", 3)
+    data = torch.randn(DEMO.num_layers, 40, 2, DEMO.num_kv_heads, BLOCK_SIZE, 128, device="cuda", dtype=torch.bfloat16)
+    kv = [KVLayer(part) for part in data]
+    return PersistentDecode(model, DEMO, target.detect(), kv, wait_seconds=wait_seconds), model, kv
+
+
+def demo_step(rows: int) -> tuple[torch.Tensor, ...]:
+    """token ids, positions, context lengths, row ids, block tables, logits."""
+    context = torch.tensor([1, 70, 256, 17, 130, 64, 65, 200][:rows], device="cuda", dtype=torch.int32)
+    tokens = torch.randint(0, DEMO.vocab, (rows,), device="cuda", dtype=torch.int32)
+    tables = torch.randperm(40, device="cuda")[: 8 * 5].to(torch.int32).view(8, 5)
+    row_ids = torch.randperm(8, device="cuda")[:rows].to(torch.int32)
+    return tokens, context - 1, context, row_ids, tables, torch.full((rows, DEMO.vocab), float("nan"), device="cuda")
+
+
+def test_demo_shape() -> None:
+    kernel, model, kv = demo_kernel(5)
+    for rows in (1, 2, 3, 8):
+        step = demo_step(rows)
+        wanted_kv = [KVLayer(layer.data.clone()) for layer in kv]
+        kernel.step(*step)
+        wanted = reference.decode(model, DEMO, wanted_kv, step[0], step[2], step[4][step[3].long()])
+        assert wanted.logits is not None
+        assert error(step[5], wanted.logits) < LIMITS["bf16"]
+
+
+def test_gives_up_instead_of_hanging() -> None:
+    """A multiprocessor that never comes: in another process, whose CUDA context does not survive it."""
+    code = """
+import sys
+import torch
+sys.path.insert(0, "tests/gpu")
+import test_persistent as tests
+kernel, _, _ = tests.demo_kernel(1.0)
+kernel.num_ctas -= 1
+kernel.step(*tests.demo_step(1))
+try:
+    torch.cuda.synchronize()
+except Exception:
+    print(kernel.failure())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "did not come" in done.stdout, done.stdout + done.stderr

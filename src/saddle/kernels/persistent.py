@@ -196,7 +196,7 @@ class PersistentDecode:
         max_rows: most rows of a step, at most 8.
         cache_dir: where compiled binaries are kept; None: nowhere.
         uniform_routing: experts are a hash of layer, position and token; for timing with dummy weights.
-        wait_seconds: how long one multiprocessor waits for another before the kernel gives up.
+        wait_seconds: a step that still waits for something after this time has failed and ends with a CUDA error.
 
     Raises:
         ValueError: shapes that do not fit.

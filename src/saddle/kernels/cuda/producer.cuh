@@ -90,6 +90,7 @@ DEVICE void send_kv(Producer& d, int layer) {
       const int place = cached + index - first_block;
       return place < CACHED_BLOCKS ? d.shared->blocks[place] : __ldg(table + index);
     };
+    d.window = s.loaded >= LONG_KV_SLOTS * SLOT_UNITS ? WINDOW_LONG_KV : WINDOW_OTHER;
     int index = first_block, block = block_at(index), ahead = block_at(min(index + 1, last_block));
     for (int first = 0; first < s.loaded; first += SLOT_UNITS) {
       const int count = min(SLOT_UNITS, s.loaded - first), slot = take_slot(d);
@@ -120,6 +121,7 @@ DEVICE void send_kv(Producer& d, int layer) {
     }
     cached += last_block - first_block + 1;
   }
+  d.window = WINDOW_OTHER;
 }
 
 // Keeps the ids of the blocks that `send_kv` will ask for first. Consumers, before the step.

@@ -84,6 +84,8 @@ constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : (MAX_ROWS <= 4 ? 7 : 6);
 constexpr int WINDOW_EXPERTS = 2;
 constexpr int WINDOW_QKV = MAX_ROWS <= 2 ? 1 : 2;   // streams while the norm waits at its barrier
 constexpr int WINDOW_OTHER = MAX_ROWS <= 4 ? 1 : 2;  // KV, O and router: words are polled meanwhile
+// A long context is a stream like the experts.
+constexpr int WINDOW_LONG_KV = WINDOW_EXPERTS, LONG_KV_SLOTS = 8;
 constexpr int WINDOW_HEAD = 3;  // nobody else wants the memory
 // Share of the tiles that multiprocessors claim at run time: they are served up to 19 % unequally.
 constexpr int CLAIMED_EXPERTS = 60;
