@@ -1,0 +1,140 @@
+"""The server's OpenAPI document, fuzzed: whatever is sent, no 500, and every answer is what the document says.
+
+First blindly, from the schemas alone; then valid requests of each API with a few of their fields replaced by others
+that the schemas allow, which get further.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+import requests
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.serve.processes import ServerProcess
+from tests.support.checkpoint import write_random_checkpoint
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
+from_openapi = pytest.importorskip("schemathesis.specs.openapi.checks")
+
+TIMEOUT_S = 60
+BLIND = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+                 suppress_health_check=list(HealthCheck))  # fmt: skip
+HI = [{"role": "user", "content": "hi"}]
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}}
+# A request that works, of each path that generates.
+GOOD: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HI, "max_tokens": 4, "tools": [{"type": "function", "function": TOOL}]},
+    "/v1/completions": {"prompt": "hi", "max_tokens": 4},
+    "/v1/messages": {"model": "fuzzed", "messages": HI, "max_tokens": 4,
+                     "tools": [{"name": "f", "input_schema": TOOL["parameters"]}]},
+    "/v1/messages/count_tokens": {"model": "fuzzed", "messages": HI},
+    "/v1/responses": {"model": "fuzzed", "input": "hi", "max_output_tokens": 16},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [1, 2]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "m2")
+    server = ServerProcess([str(folder), "--served-model-name", "fuzzed", "--max-model-len", "1024",
+                            "--kv-cache-memory-bytes", str(64 << 20), "--disable-uvicorn-access-log",
+                            "--override-generation-config", '{"max_new_tokens": 4}'])  # fmt: skip
+    yield server
+    server.wait_idle()
+    assert server.stop() == 0, server.log()
+    assert server.leaves_no_process()
+    assert "Traceback" not in server.log(), server.log()
+
+
+@pytest.fixture(scope="module")
+def document(server: ServerProcess) -> dict[str, Any]:
+    with urllib.request.urlopen(server.base + "/openapi.json", timeout=TIMEOUT_S) as reply:
+        return dict(json.load(reply))
+
+
+@pytest.fixture
+def api(server: ServerProcess) -> Any:
+    return schemathesis.openapi.from_url(server.base + "/openapi.json")
+
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    from_openapi.status_code_conformance,
+    from_openapi.content_type_conformance,
+    from_openapi.response_schema_conformance,
+    from_openapi.response_headers_conformance,
+]
+
+
+def test_whatever_is_sent(api: Any) -> None:
+    operations = [found.ok() for found in api.get_all_operations()]
+    assert {operation.path for operation in operations} >= set(GOOD)
+    for operation in operations:
+
+        @BLIND
+        @given(case=operation.as_strategy())
+        def run(case: Any) -> None:
+            case.call_and_validate(checks=CHECKS, timeout=TIMEOUT_S)
+
+        run()
+
+
+# valid requests, bent -------------------------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 40), st.sampled_from([2**31, -(2**63), 2**64, 1e308]),
+    st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8),
+    st.sampled_from(["auto", "none", "required", "any", "text", "json_object", "json_schema", "function", "user",
+                     "assistant", "a+", "(", "\x00", "\ud83d\ude00", "<think>", "[e~["]),
+)  # fmt: skip
+KEYS = st.sampled_from(["type", "name", "function", "json_schema", "schema", "properties", "role", "content", "text",
+                        "regex", "choice", "format", "include_usage", "effort", "input", "1", ""])  # fmt: skip
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+                      max_leaves=6)  # fmt: skip
+
+
+def bodies(document: dict[str, Any], path: str) -> st.SearchStrategy[dict[str, Any]]:
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = sorted(set(schema["properties"]) - {"background"})
+    bent = st.dictionaries(st.sampled_from(fields), VALUES, min_size=1, max_size=3)
+    return bent.map(lambda changes: {**GOOD[path], **changes})
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_a_request_that_works(server: ServerProcess, path: str) -> None:
+    """So that the ones bent from it are about the fields that were bent."""
+    reply = requests.post(server.base + path, json=GOOD[path], timeout=TIMEOUT_S)
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_bent_requests(server: ServerProcess, document: dict[str, Any], path: str) -> None:
+    answers = document["paths"][path]["post"]["responses"]
+    seen: set[int] = set()
+
+    @settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(body=bodies(document, path))
+    def run(body: dict[str, Any]) -> None:
+        reply = requests.post(server.base + path, data=json.dumps(body).encode(), timeout=TIMEOUT_S,
+                              headers={"Content-Type": "application/json"})  # fmt: skip
+        seen.add(reply.status_code)
+        assert reply.status_code < 500, (body, reply.text)
+        declared = answers.get(str(reply.status_code))
+        assert declared is not None, (body, reply.status_code)
+        if reply.headers["content-type"].startswith("application/json"):
+            jsonschema.validate(reply.json(), declared["content"]["application/json"]["schema"])
+        else:
+            assert reply.headers["content-type"].startswith("text/event-stream"), body
+            assert "data: " in reply.text
+
+    run()
+    assert {200, 400} <= seen, "both kinds of answers were seen"
