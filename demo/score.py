@@ -20,7 +20,7 @@ from typing import Any
 from demo.cases import HAS_TASK, TASKS, Case, Reply, cases, read
 
 MOST_TOKENS = 700
-BATCH = 384
+BATCH = 256
 SAMPLED = 0.2
 TOKENIZER = Path("src/saddle/demo_model/tokenizer.json")
 Score = dict[str, Any]
