@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saddle.kernels import experts, quant, router, tiles
+from saddle.kernels import experts, nibbles, quant, router, tiles
 
 pytestmark = support.needs_gpu
 ERROR = 6e-3  # bf16 or FP8 rounding of the result and of numbers between the two launches that fall the other way
@@ -80,3 +80,30 @@ def test_swapped_gate_and_up_are_seen() -> None:
     act, out = quant.allocate(32, 128, h.data.dtype, "cuda"), support.poisoned(32, 256)
     experts.experts(h, w13, w2, work, act, out, chip)
     assert support.error(out, wanted) > 20 * ERROR
+
+
+FORMATS = [tiles.NibbleTiles("e2m1", 16), tiles.NibbleTiles("int4", 32), tiles.NibbleTiles("int4", 128)]
+
+
+@pytest.mark.parametrize("tile_format", FORMATS, ids=str)
+def test_4_bit_weights(tile_format: tiles.NibbleTiles) -> None:
+    torch.manual_seed(4)
+    num_experts, top_k, width, inner = 16, 4, 3072, 1536
+    w13 = tiles.allocate(2 * inner, width, tile_format, "cuda", (num_experts,), True)
+    w2 = tiles.allocate(width, inner, tile_format, "cuda", (num_experts,))
+    for matrix, halves, rows in ((w13, (0, 1), inner), (w2, (None,), width)):
+        for half in halves:
+            numbers = torch.randint(0, 16, (num_experts, rows, matrix.num_cols), dtype=torch.uint8, device="cuda")
+            scale = torch.rand(num_experts, rows, matrix.num_cols // tile_format.group, device="cuda") + 0.2
+            factor = (torch.rand(num_experts, device="cuda") + 0.5) * 0.01
+            nibbles.pack_into(matrix, numbers, scale.to(tile_format.scale_dtype), factor, 0, half)
+    values = nibbles.dequantise(w13), nibbles.dequantise(w2)
+    chip, without_fp8 = support.targets()[0], support.targets()[-1]
+    for size in (1, 3, 16, 100, 300, 1000):
+        work = routed(size, num_experts, top_k, width)
+        h = support.activation(torch.randn(size, width, device="cuda") * 2, without_fp8)
+        wanted = wanted_rows(quant.dequantise(h), work, *values, without_fp8)
+        act = quant.allocate(size * top_k, inner, torch.bfloat16, "cuda")
+        out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size))
+        experts.experts(h, w13, w2, work, act, out, chip)
+        assert support.error(out, wanted) < ERROR, size

@@ -31,7 +31,7 @@ from saddle.kernels import (
 from saddle.kernels.paged_kv import KVLayer
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import SHARED_BYTES, Target
-from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix
+from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, NibbleTiles, PackedMatrix, TileFormat
 
 HIDDEN, HEADS_WIDTH, QKV_WIDTH, EXPERTS, TOP_K, INTERMEDIATE = 3072, 6144, 8192, 256, 8, 1536
 
@@ -119,14 +119,19 @@ def _route(num_tokens: int, uniform: bool, target: Target) -> None:
                  2 if target.has_pdl else 0)  # fmt: skip
 
 
-def _experts(num_tokens: int, target: Target) -> None:
+def _experts(num_tokens: int, target: Target, tile_format: TileFormat | None = None) -> None:
     work = router.RouterWork.allocate(num_tokens, HIDDEN, EXPERTS, TOP_K, "meta")
-    w13 = fp8_matrix(target, 2 * INTERMEDIATE, HIDDEN, (EXPERTS,), True)
-    w2 = fp8_matrix(target, HIDDEN, INTERMEDIATE, (EXPERTS,))
+    tile_format = tile_format or Fp8Tiles(fnuz=target.is_fnuz)
+    w13 = tiles.allocate(2 * INTERMEDIATE, HIDDEN, tile_format, "meta", (EXPERTS,), True)
+    w2 = tiles.allocate(HIDDEN, INTERMEDIATE, tile_format, "meta", (EXPERTS,))
     pairs = num_tokens * TOP_K
     out = empty(pairs, HIDDEN, dtype=experts.pair_dtype(num_tokens))
-    act = activation(target, pairs, INTERMEDIATE)
-    experts.experts(activation(target, num_tokens, HIDDEN), w13, w2, work, act, out, target, 2 if target.has_pdl else 0)
+    widths = (num_tokens, HIDDEN), (pairs, INTERMEDIATE)
+    if isinstance(tile_format, NibbleTiles):
+        h, act = (quant.allocate(*width, torch.bfloat16, "meta") for width in widths)
+    else:
+        h, act = (activation(target, *width) for width in widths)
+    experts.experts(h, w13, w2, work, act, out, target, 2 if target.has_pdl else 0)
 
 
 def _norms(num_tokens: int, target: Target) -> None:
@@ -174,6 +179,8 @@ CASES: dict[str, Case] = {
     "experts, 1 token": lambda target: _experts(1, target),
     "experts, 64 tokens": lambda target: _experts(64, target),
     "experts, 8192 tokens": lambda target: _experts(8192, target),
+    "experts, NVFP4, 8 tokens": lambda target: _experts(8, target, NibbleTiles("e2m1", 16)),
+    "experts, INT4, 8192 tokens": lambda target: _experts(8192, target, NibbleTiles("int4", 128)),
     "norms, 8 tokens": lambda target: _norms(8, target),
     "norms, 8192 tokens": lambda target: _norms(8192, target),
     "attention, bf16": lambda target: _attention("bf16", target),

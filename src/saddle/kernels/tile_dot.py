@@ -257,7 +257,8 @@ def fit(block: Block, w: PackedMatrix, target: Target) -> Block:
         bk //= 2
     stages = min(block.stages, max(1, int(room // (bk * column))))
     if not target.is_cuda:
-        stages = min(stages, 2)  # no asynchronous copies that many turns could have in flight
+        # No asynchronous copies that many turns could have in flight; widened 4-bit numbers take the room of two.
+        stages = min(stages, 1 if isinstance(w.format, NibbleTiles) else 2)
     return Block(bn, block.bm, bk, stages, block.warps)
 
 
