@@ -27,7 +27,7 @@ from saddle.model.inputs import StepInputs
 from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
 from saddle.parsing.tokenizer import Tokenizer
-from tests.gpu.model_steps import Steps, divergence
+from tests.support.model_steps import Steps, divergence
 from tests.support.checkpoint import Shape, config_json
 
 CUDA, ONE = torch.device("cuda"), ParallelLayout()

@@ -51,6 +51,15 @@ def test_add_norm(num_tokens: int) -> None:
             assert torch.equal(out.data.view(torch.uint8), same.data.view(torch.uint8))
 
 
+def test_a_group_of_zeros_is_finite() -> None:
+    x, out = torch.randn(2, 3072, device="cuda"), poisoned(2, 3072, torch.float8_e4m3fn)
+    x[:, 128:256] = 0
+    fused_norm.add_norm(x, None, torch.ones(3072, device="cuda"), EPS, out)
+    found = quant.dequantise(out)
+    assert not found[:, 128:256].any()
+    assert bool(found[:, :128].any())
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33, 1000])
 def test_embed_and_final_norm(num_tokens: int) -> None:
     table = torch.randn(500, 3072, device="cuda").bfloat16()
