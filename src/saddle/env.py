@@ -6,6 +6,7 @@ A flag on the command line wins over its variable: callers pass these values as 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from saddle.errors import StartupError
 
@@ -28,3 +29,11 @@ def log_level() -> str:
     if level not in LOG_LEVELS:
         raise StartupError(f"SADDLE_LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}, got {level!r}.")
     return level
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: SADDLE_CACHE_DIR, else `saddle` in the folder that the user's caches lie in."""
+    own = os.environ.get("SADDLE_CACHE_DIR")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saddle"

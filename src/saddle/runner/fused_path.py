@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from saddle import env
 from saddle.config import EngineConfig
+from saddle.errors import EngineError
 from saddle.kernels.target import Target
 from saddle.model import packed
 from saddle.model.config import GenerationConfig, ModelConfig
@@ -87,11 +89,10 @@ class FusedPath:
         self._kind = kind_of(config.cache.kv_cache_dtype)
         layout = ParallelLayout()
         self._weights = packed.allocate(shape, layout, device, fnuz=target.is_fnuz)
-        self.is_dummy = config.load.load_format == "dummy"
-        if self.is_dummy:
+        self.uniform_routing = config.load.load_format == "dummy"
+        if self.uniform_routing:
             packed.dummy(self._weights, config.load.seed)
-            line = (f"weights: random (--load-format dummy, seed {config.load.seed}); experts are a hash of layer, "
-                    "position and token, because random weights would route unevenly")  # fmt: skip
+            line = f"weights: random (--load-format dummy, seed {config.load.seed})"
         else:
             line = packed.load(folder, shape, layout, self._weights,
                                lambda share, note: on_progress("loading weights", share, note))  # fmt: skip
@@ -127,9 +128,14 @@ class FusedPath:
         longest = info.max_model_len
         self.model = FusedMiniMaxM2(
             self._shape, self._weights, max_positions=longest, max_tokens=info.max_num_batched_tokens,
-            max_rows=info.max_num_seqs, target=self._target, uniform_routing=self.is_dummy,
+            max_rows=info.max_num_seqs, target=self._target, uniform_routing=self.uniform_routing,
+            cache_dir=env.cache_dir(),
         )  # fmt: skip
         self.kv = self.model.allocate_kv(info.num_blocks, info.block_size, self._kind)
+        for line in self.model.paths():
+            logger.info("%s", line)
+        if self.uniform_routing:
+            logger.info("Experts are a hash of layer, position and token: random weights would route unevenly.")
         self.rows = DeviceRows(info.max_num_seqs, longest, info.block_size, info.vocab_size, self._device)
         self._batcher = DeviceBatcher(self.rows, longest)
         self._sampler = DeviceSampler(self.rows, self._num_valid, self._eos_ids)
@@ -211,7 +217,10 @@ class FusedPath:
         done.record()
 
         def finish() -> Outcome:
-            done.synchronize()
+            try:
+                done.synchronize()
+            except RuntimeError as error:
+                raise EngineError(f"The GPU failed: {self.model.failure() or error}") from error
             samples = []
             if drawn is not None and ids is not None:
                 samples = to_samples(drawn, ids.tolist(), [] if numbers is None else numbers.flatten().tolist())

@@ -103,11 +103,16 @@ class Runner:
         if self._device.type == "cuda":
             target = detect(self._device)
             if target.has_triton_path:
-                from saddle.runner.fused_path import FusedPath  # triton is not everywhere that torch is
+                from saddle.model.fused import why_not  # triton is not everywhere that torch is
+                from saddle.runner.fused_path import FusedPath
 
-                return FusedPath(self._config, self._folder, shape, target, self._device, self._num_valid_tokens,
-                                 on_progress)  # fmt: skip
-            lines += target.decisions()
+                reason = why_not(shape)
+                if reason is None:
+                    return FusedPath(self._config, self._folder, shape, target, self._device, self._num_valid_tokens,
+                                     on_progress)  # fmt: skip
+                lines.append(f"{target.name}: plain torch, because {reason}.")
+            else:
+                lines += target.decisions()
         return TorchPath(self._config, self._folder, shape, self._device, self._num_valid_tokens, on_progress)
 
     def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None:
@@ -168,6 +173,8 @@ class Runner:
     def _survivable(self, error: Exception) -> str:
         """The message of a failed step; raises when the device itself is broken."""
         if self._device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError):
+            if isinstance(error, EngineError):
+                raise error
             try:
                 torch.cuda.synchronize()
             except RuntimeError as broken:
