@@ -47,7 +47,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def make_case(
     lens: list[int], new: list[int] | None = None, *, heads: int = 48, kv_heads: int = 8, kind: str = "bf16",
-    device: str = "cpu", seed: int = 0, spread: float = 1.0, static: tuple[float, float] = (0.75, 1.25),
+    device: str = "cpu", seed: int = 0, spread: float = 1.0, static: tuple[float, float] = (0.25, 1.25),
 ) -> Case:  # fmt: skip
     """Draw a step. kind: "bf16", "fp16", "fp8" (with the static scales of keys and values) or "fp8_dynamic".
     spread: of keys and values; queries shrink by as much, so that scores stay as they are.
