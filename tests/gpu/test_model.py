@@ -2,7 +2,8 @@
 with random weights against transformers.
 
 W8A8 rounds every input of a matrix to E4M3 (relative error 2.5 %), so logits cannot be equal: the distributions must
-be close. The thresholds are written beside each test; seeded faults show that they hold.
+be close. On a model as small as the demo that noise hides small faults; the same kernels with bf16 inputs (W8A16, the
+path of GPUs without FP8 units) have a hundredth of it, and show them. Thresholds stand beside each test.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from saddle.kernels import tiles
-from saddle.kernels.target import detect
+from saddle.kernels.target import Target, detect, of_arch
 from saddle.launch import demo_model_path
 from saddle.model import packed
 from saddle.model import weights as w
@@ -27,8 +28,8 @@ from saddle.model.inputs import StepInputs
 from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
 from saddle.parsing.tokenizer import Tokenizer
-from tests.support.model_steps import Steps, divergence
 from tests.support.checkpoint import Shape, config_json
+from tests.support.model_steps import Steps, divergence
 
 CUDA, ONE = torch.device("cuda"), ParallelLayout()
 PROMPTS = (
@@ -37,12 +38,15 @@ PROMPTS = (
     "]~!b[]~b]user\nWho are you?[e~[\n]~b]ai\n",
 )
 GENERATED = 60
-# Measured on an H100 (see LOG.md): KL 0.00xx; the faults below give at least ten times as much.
-MOST_KL, LEAST_AGREEMENT = 0.02, 0.95
+# Next-token KL against float32 and top-1 agreement, measured on an H100 over 239 positions: W8A8 0.006 to 0.0145 and
+# 0.975; W8A16 below 1e-4 in the interpreter. Faults give 0.012 to 0.14.
+BOUNDS = {"W8A8": (0.03, 0.95), "W8A16": (1e-3, 0.99)}
+# The same card as if it had no FP8 units.
+TARGETS = {"W8A8": detect(), "W8A16": of_arch("sm_80", detect().num_sms)}
 
 
-def fused(config: ModelConfig, weights: packed.PackedModel, **other: Any) -> FusedMiniMaxM2:
-    return FusedMiniMaxM2(config, weights, max_positions=2048, max_tokens=1024, max_rows=64, target=detect(), **other)
+def fused(config: ModelConfig, weights: packed.PackedModel, target: Target = TARGETS["W8A8"]) -> FusedMiniMaxM2:
+    return FusedMiniMaxM2(config, weights, max_positions=2048, max_tokens=1024, max_rows=64, target=target)
 
 
 def plain_logits(model: MiniMaxM2, ids: list[int]) -> torch.Tensor:
@@ -104,13 +108,14 @@ def follow(model: FusedMiniMaxM2, texts: list[list[int]], kind: str) -> list[tor
     return [torch.cat(found[row]) for row in range(len(texts))]
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8_dynamic"])
-def test_demo_against_float32(demo: Any, kind: str) -> None:
+@pytest.mark.parametrize(("inputs", "kind"), [("W8A16", "bf16"), ("W8A8", "bf16"), ("W8A8", "fp8"),
+                                             ("W8A8", "fp8_dynamic")])  # fmt: skip
+def test_demo_against_float32(demo: Any, inputs: str, kind: str) -> None:
     config, texts, expected = demo
-    found = follow(fused(config, load_demo(config)), texts, kind)
+    found = follow(fused(config, load_demo(config), TARGETS[inputs]), texts, kind)
     kl, agreement = divergence(torch.cat(found), torch.cat(expected))
-    print(f"\ndemo, {kind} KV: KL {kl:.5f}, top-1 agreement {agreement:.4f} over {sum(map(len, texts))} positions")
-    assert kl < MOST_KL and agreement > LEAST_AGREEMENT
+    print(f"\ndemo, {inputs}, {kind} KV: KL {kl:.6f}, top-1 agreement {agreement:.4f} over {sum(map(len, texts))}")
+    assert kl < BOUNDS[inputs][0] and agreement > BOUNDS[inputs][1]
 
 
 def rotate_wrongly(model: FusedMiniMaxM2) -> None:
@@ -131,14 +136,16 @@ def forget_the_norm(model: FusedMiniMaxM2) -> None:
         layer.q_norm.fill_(1.0)
 
 
-@pytest.mark.parametrize("fault", [rotate_wrongly, shift_scales, forget_the_norm])
-def test_thresholds_notice_faults(demo: Any, fault: Any) -> None:
+@pytest.mark.parametrize(("inputs", "fault"), [
+    ("W8A16", rotate_wrongly), ("W8A16", shift_scales), ("W8A16", forget_the_norm), ("W8A8", forget_the_norm),
+])  # fmt: skip
+def test_thresholds_notice_faults(demo: Any, inputs: str, fault: Any) -> None:
     config, texts, expected = demo
-    model = fused(config, load_demo(config))
+    model = fused(config, load_demo(config), TARGETS[inputs])
     fault(model)
     kl, agreement = divergence(torch.cat(follow(model, texts, "bf16")), torch.cat(expected))
-    print(f"\n{fault.__name__}: KL {kl:.5f}, top-1 agreement {agreement:.4f}")
-    assert kl > MOST_KL or agreement < LEAST_AGREEMENT
+    print(f"\n{inputs}, {fault.__name__}: KL {kl:.5f}, top-1 agreement {agreement:.4f}")
+    assert kl > 2 * BOUNDS[inputs][0]
 
 
 def test_same_bits_twice(demo: Any) -> None:
@@ -153,7 +160,8 @@ def test_same_bits_twice(demo: Any) -> None:
 
 M2 = Shape(200064, 3072, 2, 48, 8, 128, 256, 8, 1536, 204800)
 TOKENS = 96
-M2_KL = {"fp8": 0.05, "bf16": 0.01}
+# Measured on an H100: FP8 0.018, bf16 0.0037; one wrong rotary pair 0.044.
+M2_KL = {"fp8": 0.03, "bf16": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +225,7 @@ def test_two_layers_against_transformers(layers: Any, transformers_logits: Any) 
     rotate_wrongly(model)
     wrong, _ = divergence(Steps(model).step({0: ids})[0], expected)
     print(f"with one rotary pair wrong: KL {wrong:.5f}")
+    assert wrong > M2_KL["fp8"]
 
 
 def test_two_layers_in_bf16_against_transformers(layers: Any, transformers_logits: Any) -> None:
