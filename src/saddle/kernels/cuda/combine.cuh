@@ -8,30 +8,41 @@ DEVICE void combine(Consumer& c, int head, int split) {
   const int row = c.thread / OUTPUTS % MAX_ROWS, group = c.thread / (OUTPUTS * MAX_ROWS);
   const int output = split * OUTPUTS + c.thread % OUTPUTS, query_head = output >> 7;
   const bool real = (c.rows >> row) & 1;
-  const int first = c.shared->first_split[row], last = real ? c.shared->last_split[row] : -1;
+  const int first = c.shared->first_split[row], last = c.shared->last_split[row], units = c.shared->first_unit[MAX_ROWS];
   float maximum = -1e30f, out = 0, total = 0;
-  // Two splits at a time, so that their words are on the way together.
+  // Two splits at a time, so that their words are on the way together. With fewer units than splits some are empty.
   for (int s = first + group; s <= last; s += 2 * GROUPS) {
-    const bool both = s + GROUPS <= last;
+    const bool some[2] = {split_begin(units, s) < split_begin(units, s + 1),
+                          s + GROUPS <= last && split_begin(units, s + GROUPS) < split_begin(units, s + GROUPS + 1)};
     const u64* words = c.p.partial_words + ((i64)(head * SPLITS + s) * MAX_ROWS + row) * (GROUP * PARTIAL_PITCH)
                        + query_head * PARTIAL_PITCH;
-    const u64* others = words + (both ? (i64)GROUPS * MAX_ROWS * GROUP * PARTIAL_PITCH : 0);
-    u64 value, lse, other_value, other_lse;
+    u64 value[2], lse[2];
     Patience patience;
-    for (;;) {
-      value = load_relaxed(words + (output & 127));
-      lse = load_relaxed(words + HEAD_DIM);
-      other_value = load_relaxed(others + (output & 127));
-      other_lse = load_relaxed(others + HEAD_DIM);
-      if (is_fresh(value, c.epoch) && is_fresh(lse, c.epoch) && is_fresh(other_value, c.epoch) && is_fresh(other_lse, c.epoch)) break;
-      patience.lose(c.p, c.shared, FAILED_WORDS);
+    for (bool fresh = false; !fresh;) {
+      fresh = true;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u64* mine = words + i * (GROUPS * MAX_ROWS * GROUP * PARTIAL_PITCH);
+        value[i] = some[i] ? load_relaxed(mine + (output & 127)) : no_word(c.epoch);
+        lse[i] = some[i] ? load_relaxed(mine + HEAD_DIM) : no_word(c.epoch);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) fresh &= is_fresh(value[i], c.epoch) && is_fresh(lse[i], c.epoch);
+      if (!fresh) patience.lose(c.p, c.shared, FAILED_WORDS);
     }
-    const float larger = fmaxf(maximum, both ? fmaxf(word_float(lse), word_float(other_lse)) : word_float(lse));
-    const float shrink = exp2_fast(maximum - larger), share = exp2_fast(word_float(lse) - larger);
-    const float other_share = both ? exp2_fast(word_float(other_lse) - larger) : 0.f;
-    out = out * shrink + share * word_float(value) + other_share * word_float(other_value);
-    total = total * shrink + share + other_share;
+    float larger = maximum;
+#pragma unroll
+    for (int i = 0; i < 2; i++) larger = some[i] ? fmaxf(larger, word_float(lse[i])) : larger;
+    const float shrink = exp2_fast(maximum - larger);
+    out *= shrink;
+    total *= shrink;
     maximum = larger;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float share = some[i] ? exp2_fast(word_float(lse[i]) - larger) : 0.f;
+      out += share * word_float(value[i]);
+      total += share;
+    }
   }
   if (GROUPS > 1) {  // the groups' sums meet in the activation buffer
     sts128(c.act + c.thread * 16, make_uint4(__float_as_uint(maximum), __float_as_uint(out), __float_as_uint(total), 0));

@@ -55,11 +55,12 @@ DEVICE void start_step(const Params& p, Shared* s) {
   }
   for (int i = thread; i < 2 * UNIT_TOKENS; i += NUM_THREADS) s->new_scales[i] = 0;
   consumers_sync();
-  if (thread < MAX_ROWS && ((s->rows >> thread) & 1)) {
-    // The split that holds unit u is the last one that begins at or before it.
+  if (thread < MAX_ROWS) {
+    // The split that holds unit u is the last one that begins at or before it. A row that pads has none.
     const int units = s->first_unit[MAX_ROWS];
-    s->first_split[thread] = (s->first_unit[thread] * SPLITS + SPLITS - 1) / units;
-    s->last_split[thread] = ((s->first_unit[thread + 1] - 1) * SPLITS + SPLITS - 1) / units;
+    const bool real = (s->rows >> thread) & 1;
+    s->first_split[thread] = real ? (s->first_unit[thread] * SPLITS + SPLITS - 1) / units : 0;
+    s->last_split[thread] = real ? ((s->first_unit[thread + 1] - 1) * SPLITS + SPLITS - 1) / units : -1;
   }
   cache_blocks(p, s);
   consumers_sync();
