@@ -41,6 +41,19 @@ GOOD: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+CALLS = {"tool_choice": "required", "thinking_token_budget": 0, "max_tokens": 40}
+# More of them, so that answers with everything in them are held against the document.
+RICH: list[tuple[str, dict[str, Any]]] = [
+    *GOOD.items(),
+    ("/v1/chat/completions", {**GOOD["/v1/chat/completions"], **CALLS}),
+    ("/v1/chat/completions", {"messages": HI, "max_tokens": 3, "logprobs": True, "top_logprobs": 2, "n": 2,
+                              "prompt_logprobs": 1, "return_token_ids": True, "thinking_token_budget": 1}),
+    ("/v1/completions", {"prompt": ["hi", "ho"], "max_tokens": 3, "logprobs": 2, "echo": True,
+                         "return_token_ids": True}),
+    ("/v1/completions", {"prompt": "hi", "max_tokens": 3, "prompt_logprobs": 1, "stop": ["zz"]}),
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "m2")
@@ -108,11 +121,13 @@ def bodies(document: dict[str, Any], path: str) -> st.SearchStrategy[dict[str, A
     return bent.map(lambda changes: {**GOOD[path], **changes})
 
 
-@pytest.mark.parametrize("path", GOOD)
-def test_a_request_that_works(server: ServerProcess, path: str) -> None:
-    """So that the ones bent from it are about the fields that were bent."""
-    reply = requests.post(server.base + path, json=GOOD[path], timeout=TIMEOUT_S)
+@pytest.mark.parametrize(("path", "body"), RICH)
+def test_requests_that_work(server: ServerProcess, document: dict[str, Any], path: str, body: dict[str, Any]) -> None:
+    """So that the ones bent from them are about the fields that were bent."""
+    reply = requests.post(server.base + path, json=body, timeout=TIMEOUT_S)
     assert reply.status_code == 200, reply.text
+    [declared] = [answer for status, answer in document["paths"][path]["post"]["responses"].items() if status == "200"]
+    jsonschema.validate(reply.json(), declared["content"]["application/json"]["schema"])
 
 
 @pytest.mark.parametrize("path", GOOD)

@@ -12,9 +12,10 @@ from saddle.config import ServerConfig
 from saddle.errors import RequestError
 from saddle.server import admin, openai, openai_text, responses_routes
 from saddle.server.anthropic_routes import anthropic_router
-from saddle.server.bodies import STREAMED, read, takes
+from saddle.server.bodies import read, takes
 from saddle.server.error_shapes import error_for, refusal_for
 from saddle.server.gate import Gate
+from saddle.server.openai_answers import CHAT, COMPLETION, streamed
 from saddle.server.openai_parts import TokenNames
 from saddle.server.replies import JSONReply, sanitised
 from saddle.server.service import Service
@@ -44,7 +45,7 @@ def openai_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
     config = service.config
 
-    @router.post("/v1/chat/completions", responses=STREAMED, openapi_extra=takes(ChatBody))
+    @router.post("/v1/chat/completions", responses=streamed(CHAT), openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
         facts = service.facts()
         body, request_id = await read(request, ChatBody), request.state.request_id
@@ -60,7 +61,7 @@ def openai_router(service: Service) -> APIRouter:
         choices = await whole(request.receive, generation)
         return JSONReply(openai.to_response(asked, names, generation.prompts, choices, config.reasoning_field))
 
-    @router.post("/v1/completions", responses=STREAMED, openapi_extra=takes(CompletionBody))
+    @router.post("/v1/completions", responses=streamed(COMPLETION), openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Response:
         facts = service.facts()
         body, request_id = await read(request, CompletionBody), request.state.request_id
