@@ -116,7 +116,10 @@ class DeviceBatcher:
         return True
 
     def decode(self, work: list[RowWork], size: int) -> DeviceBatch:
-        """Upload a decode step of at most `size` rows, without filling its inputs.
+        """Upload a decode step, without filling its inputs.
+
+        Args:
+            size: rows of its graph, at least as many as there is work; 0: no graph, and no padding.
 
         Raises:
             ValueError: the plan is for another request than the one in its row; nothing was changed.
@@ -133,8 +136,8 @@ class DeviceBatcher:
                 blocks[index] = item.new_block_ids[0]
                 rows.num_blocks[row] += 1
         self._send(ids + blocks)
-        inputs = self.decode_inputs(size)
-        return DeviceBatch(inputs, work, inputs.row_ids, inputs.context_lens, [], size if count <= size else 0)
+        inputs = self.decode_inputs(size or count)
+        return DeviceBatch(inputs, work, inputs.row_ids, inputs.context_lens, [], size)
 
     def _send(self, numbers: list[int]) -> None:
         wanted = torch.tensor(numbers, dtype=torch.int32, pin_memory=self._meta.is_cuda)

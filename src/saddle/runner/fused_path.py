@@ -184,12 +184,12 @@ class FusedPath:
             logits = None if batch.scored else self.model.logits(hidden)
             return Launched(batch, logits, hidden, began)
         size = self._graphs.size_for(len(work))
-        batch = self._batcher.decode(work, size or len(work))
+        batch = self._batcher.decode(work, size)
         if size:
             self._graphs.forward(size)
         else:
             self._decode(len(work))
-        return Launched(batch, self._logits[size or len(work)], None, began)
+        return Launched(batch, self._logits[len(batch.inputs.row_ids)], None, began)
 
     def _decode(self, size: int) -> None:
         self._batcher.launch_decode(size)
@@ -238,7 +238,7 @@ class FusedPath:
         work = batch.sampling
         if not self._sampler.is_plain(work, mask):
             return self._sampler.sample(logits, work, batch.rows, batch.positions, mask)
-        if batch.size in self._graphs.sizes:
+        if batch.size:
             self._graphs.sample(batch.size)
             return Drawn(work, self._sampler.ids[: len(work)], None, {})
         return Drawn(work, self._sampler.launch(logits, batch.rows, batch.positions), None, {})

@@ -26,9 +26,10 @@ class DecodeGraphs:
         self._sample: dict[int, torch.cuda.CUDAGraph] = {}
 
     def size_for(self, num_rows: int) -> int:
-        """The smallest size that holds `num_rows`; 0 if there is none."""
+        """The smallest size that holds `num_rows`; 0 if there is none, or it is not captured yet."""
         index = bisect.bisect_left(self.sizes, num_rows)
-        return self.sizes[index] if index < len(self.sizes) else 0
+        size = self.sizes[index] if index < len(self.sizes) else 0
+        return size if size in self._sample else 0
 
     def capture(
         self, forward: Callable[[int], object], sample: Callable[[int], object], on_size: Callable[[int, int], None]
