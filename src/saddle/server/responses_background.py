@@ -102,11 +102,11 @@ class Follow(Response):
         run = self._run
         at = offset_after(run.frames, self._after)
         while True:
-            is_over, data = run.is_over, bytes(run.frames[at:])
+            data = bytes(run.frames[at:])
             at += len(data)
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            elif is_over:
+            elif run.is_over:
                 break
             else:
                 await run.change(self._keep_alive_s)

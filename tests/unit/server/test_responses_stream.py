@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +22,7 @@ from saddle.parsing.events import (
 )
 from saddle.protocol import FinishReason, Usage
 from saddle.server.responses_items import Seal
+from saddle.server.responses_logprobs import AnswerLogprobs
 from saddle.server.responses_stream import Answer
 
 KEY = "0123456789abcdef"
@@ -225,6 +226,23 @@ def test_token_ids_where_they_were_asked_for() -> None:
     body = whole([Tokens([3, 4]), TextDelta("a"), Tokens([5]), STOP], prompt_ids=[1, 2])
     assert (body["prompt_token_ids"], body["token_ids"]) == ([1, 2], [3, 4, 5])
     assert "token_ids" not in whole([Tokens([3]), STOP])
+
+
+class EveryToken:
+    """Log-probabilities of all tokens, as bare ids."""
+
+    def of(self, tokens: Tokens) -> list[int]:
+        return tokens.token_ids
+
+
+def test_logprobs_come_with_the_text_that_their_tokens_end() -> None:
+    """A token whose text is held back, or that has none, is reported with the next text or at the end of the item."""
+    events: list[Event] = [ReasoningDelta("a"), Tokens([1]), TextDelta("b"), Tokens([2]), Tokens([3]), TextDelta("c"),
+                           Tokens([4]), STOP]  # fmt: skip
+    frames = told(events, logprobs=cast(AnswerLogprobs, EveryToken()))
+    assert [f["logprobs"] for f in frames if f["type"] == "response.output_text.delta"] == [[1], [2, 3]]
+    assert [f["logprobs"] for f in frames if f["type"] == "response.output_text.done"] == [[1, 2, 3, 4]]
+    assert frames[-1]["response"]["output"][1]["content"][0]["logprobs"] == [1, 2, 3, 4]
 
 
 def test_end_is_told_once_and_before_the_last_frame() -> None:
