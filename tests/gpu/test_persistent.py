@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from saddle.model.packed import PackedModel
 from tests.support import decode_reference as reference
 
 ROOT = Path(__file__).resolve().parents[2]
+# Compiled once for all tests; the names change with the sources.
+CUBINS = Path(tempfile.gettempdir()) / "saddle-test-cubins"
 # The bundled checkpoint's.
 DEMO = DecodeShape(256, 12, 2, 16, 4, 128, 1024, 4)
 # All of M2 but the number of layers and the vocabulary, which is cut for time.
@@ -70,9 +73,7 @@ def model() -> PackedModel:
 
 
 @pytest.fixture(scope="module", params=list(LIMITS))
-def case(
-    request: pytest.FixtureRequest, model: PackedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Case]:
+def case(request: pytest.FixtureRequest, model: PackedModel) -> Iterator[Case]:
     size = (SHAPE.num_layers, NUM_BLOCKS, 2, SHAPE.num_kv_heads, BLOCK_SIZE, 128)
     numbers = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     scales = None
@@ -84,8 +85,7 @@ def case(
         scales = torch.rand(size[:-1], device="cuda") + 0.5
     static = (0.75, 1.25) if request.param == "fp8" else (1.0, 1.0)
     kv = [KVLayer(data[i], None if scales is None else scales[i], *static) for i in range(SHAPE.num_layers)]
-    folder = Path(tmp_path_factory.getbasetemp()) / "cubins"
-    kernel = PersistentDecode(model, SHAPE, target.detect(), kv, cache_dir=folder, wait_seconds=5)
+    kernel = PersistentDecode(model, SHAPE, target.detect(), kv, cache_dir=CUBINS, wait_seconds=5)
     raw = data.view(torch.uint8)
     yield Case(model, kv, raw, scales, kernel, raw.clone(), None if scales is None else scales.clone())
 
@@ -174,7 +174,7 @@ def test_padding(case: Case, rows: int, padding: int) -> None:
 def test_uniform_routing(case: Case) -> None:
     if case.scales is not None or case.kv[0].scale_kind:
         pytest.skip("routing does not depend on KV memory: tested with bf16")
-    kernel = PersistentDecode(case.model, SHAPE, target.detect(), case.kv, uniform_routing=True, wait_seconds=5)
+    kernel = PersistentDecode(case.model, SHAPE, target.detect(), case.kv, 4, CUBINS, uniform_routing=True, wait_seconds=5)
     tokens = torch.tensor([5, 77, 31999], device="cuda", dtype=torch.int32)
     context = torch.tensor([9, 200, 2048], device="cuda", dtype=torch.int32)
     tables = torch.randperm(NUM_BLOCKS, device="cuda")[: 3 * TABLE].to(torch.int32).view(3, TABLE)
@@ -190,7 +190,7 @@ def test_out_of_range_is_nan_in_that_row_alone(case: Case) -> None:
     """A weight of the embedding that float32 bears and the residual's fixed point does not."""
     model = replace(case.model, embed=case.model.embed.clone(), norm=case.model.norm)
     model.embed[11] = 1e38
-    kernel = PersistentDecode(model, SHAPE, target.detect(), case.kv, wait_seconds=5)
+    kernel = PersistentDecode(model, SHAPE, target.detect(), case.kv, 2, CUBINS, wait_seconds=5)
     tokens = torch.tensor([11, 12], device="cuda", dtype=torch.int32)
     context = torch.tensor([5, 6], device="cuda", dtype=torch.int32)
     tables = torch.arange(2 * TABLE, device="cuda", dtype=torch.int32).view(2, TABLE)
@@ -226,7 +226,7 @@ def demo_kernel(wait_seconds: float) -> tuple[PersistentDecode, PackedModel, lis
     model = reference.random_model(DEMO, "cuda", 3)
     data = torch.randn(DEMO.num_layers, 40, 2, DEMO.num_kv_heads, BLOCK_SIZE, 128, device="cuda", dtype=torch.bfloat16)
     kv = [KVLayer(part) for part in data]
-    return PersistentDecode(model, DEMO, target.detect(), kv, wait_seconds=wait_seconds), model, kv
+    return PersistentDecode(model, DEMO, target.detect(), kv, 8, CUBINS, wait_seconds=wait_seconds), model, kv
 
 
 def demo_step(rows: int) -> tuple[torch.Tensor, ...]:

@@ -169,4 +169,4 @@ def test_compiles(shape: DecodeShape, rows: int, kv_format: int) -> None:
     cubin = nvrtc.compile_cubin("persistent.cu", SOURCES, persistent.compile_options(shape, rows, kv_format, 132))
     assert cubin[:4] == b"\x7fELF" and b"persistent_decode" in cubin, version
     # A few spilled words are harmless; more would mean that setmaxnreg is without effect.
-    assert local_bytes(cubin, "persistent_decode") <= 64
+    assert local_bytes(cubin, "persistent_decode") <= 32
