@@ -39,8 +39,8 @@ def draw(
 @pytest.mark.parametrize("spread", [0.02, 1.0, 5.0])
 def test_ids_are_those_of_the_reference(spread: float) -> None:
     params, seeds = [one for one in PARAMS for _ in range(2)], list(range(2 * len(PARAMS)))
-    logits = torch.randn(len(params), VOCAB) * spread
-    found, token_ids = draw(logits.cuda(), params, seeds, VOCAB)
+    logits = torch.randn(len(params), VOCAB, device="cuda") * spread
+    found, token_ids = draw(logits, params, seeds, VOCAB)
     assert token_ids[:, 3].tolist() == found and (token_ids[:, [0, 1, 2, 4, 5, 6, 7]] == POISON).all()
     for row, token_id in enumerate(found):
         wanted = scores(logits[row], params[row], seeds[row], 3)
@@ -55,7 +55,7 @@ def test_any_number_of_rows_and_padding(num_rows: int) -> None:
     found, _ = draw(logits, params, list(range(num_rows)), VOCAB, rows)
     assert found[0] == found[-1] == POISON
     for slot in range(1, num_rows + 1, max(1, num_rows // 8)):
-        wanted = scores(logits[slot].cpu(), params[rows[slot]], rows[slot], 3)
+        wanted = scores(logits[slot], params[rows[slot]], rows[slot], 3)
         assert wanted[found[slot]] >= wanted.max() - CLOSE
 
 

@@ -41,17 +41,21 @@ def state_of(params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size:
 def scores(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> torch.Tensor:
     """[V] float64: noisy scores of one row's ids, -inf for those that are cut; the largest one is drawn."""
     vocab_size = logits.shape[-1]
-    found = torch.full((vocab_size,), -torch.inf, dtype=torch.float64)
+    found = torch.full((vocab_size,), -torch.inf, dtype=torch.float64, device=logits.device)
     if params.is_greedy:
         return logits.double()
+
+    def number(value: float) -> torch.Tensor:
+        return torch.tensor([[value]], device=logits.device)
+
     limits = truncation.Limits(
-        temperature=torch.tensor([[params.temperature]]),
-        top_p=torch.tensor([[params.top_p]]),
-        min_p=torch.tensor([[params.min_p]]),
-        top_k=torch.tensor([[params.top_k if 0 < params.top_k < vocab_size else vocab_size]]),
+        temperature=number(params.temperature),
+        top_p=number(params.top_p),
+        min_p=number(params.min_p),
+        top_k=number(params.top_k if 0 < params.top_k < vocab_size else vocab_size),
     )
     is_cut = params.top_p < 1 or 0 < params.top_k < vocab_size
     kept, ids = truncation.candidates(logits[None].float(), limits, vocab_size if is_cut else 0)
-    noise = gumbel(keys_of(seed)[None], torch.tensor([position]), ids)
+    noise = gumbel(keys_of(seed)[None].to(ids.device), torch.tensor([position], device=ids.device), ids)
     found[ids[0]] = (noise + kept)[0]
     return found

@@ -8,14 +8,15 @@
 
 Among independent Gumbel noise g, argmax(logits / T + g) draws from softmax(logits / T), and restricted to a set it
 draws from the softmax of that set. So only the set is needed. In the order (logit descending, id ascending), top_k,
-top_p and min_p each keep a prefix: top_k the ids with fewer than k others before them, top_p those with less than
-top_p of the mass before them. Both are "sum of weights before < target", and the last kept logit is found by
-bisection over the bits of float32, whose order is that of integers.
+top_p and min_p each keep a prefix: top_k the ids with fewer than k others in front of them, top_p those with less than
+top_p of the mass in front of them.
 
-Where is that done? The k-th largest group maximum bounds the k-th largest logit from below (k ids in different groups
-are at least as large). A threshold under which 64 to 128 groups stay gives at most 4,096 candidates, which are
-gathered and kept in registers; they hold any top_k up to 64, and the nucleus of any distribution that is not flat.
-Otherwise the same search reads the whole row, 4,096 logits at a time.
+    short way   The k-th largest group maximum bounds the k-th largest logit from below (k ids in different groups are
+                at least as large). So a threshold that 64 to 96 groups reach, found by bisection over the bits of
+                float32, leaves about as many candidates, among them any top_k up to 64 and the nucleus of most
+                distributions. Each is compared with each: that counts and weighs what is in front of it. Where that
+                is not enough, the same again with 1,024 to 1,536 groups.
+    long way    A flat nucleus, or a larger top_k: see `_choose_in_row`, which reads the row two or three times.
 
 Reference: `runner.truncation` and `runner.random`. Ties at the edge go to the lower id (there: as a sort leaves them).
 """
@@ -32,9 +33,10 @@ from saddle.kernels.gumbel import gumbel, mix32
 from saddle.kernels.row_state import KEY_FIRST, KEY_SECOND, MIN_P, ROW_WIDTH, TEMPERATURE, TOP_K, TOP_P
 
 CHUNK = 4096  # logits a program of `scan` reads, and that a search through a whole row holds at once
-GROUP = 32  # a sector of 128 bytes: a candidate group is one full memory access
-MAX_GROUPS = 128  # gathered at most: 128 x 32 logits are 16 a thread
-MIN_GROUPS = 64  # hence the largest top_k of the short way
+GROUP = 32  # 128 bytes: a candidate group is one full memory access
+FEW_GROUPS, MANY_GROUPS = 64, 1024  # at least so many groups stay, at most half as many again
+CANDIDATES = 2048  # more are not compared with each other: 4 million comparisons take some 100 us
+ROUND, STRIP = 256, 32  # compared at once: a tile of 8,192 is 32 numbers a thread
 WARPS = 8
 
 
@@ -105,70 +107,77 @@ def _middle(low, high):
 
 
 @triton.jit
-def _group_floor(keys, floor, ceiling, MIN_GROUPS: tl.constexpr, MAX_GROUPS: tl.constexpr):
-    """A key that MIN_GROUPS to MAX_GROUPS of `keys` reach; `floor` if that many are not above it.
+def _group_floor(keys, floor, ceiling, least, most):
+    """A key that `least` to `most` of `keys` reach; `floor` if no more than `most` are at or above it.
 
-    floor is below all finite keys, ceiling above all. Ties may leave more than MAX_GROUPS: the caller counts.
+    floor is below all finite keys, ceiling above all. Ties may leave more than `most`: the caller counts.
     """
     low, high, found = floor, ceiling, floor
-    if tl.sum((keys >= floor).to(tl.int32), axis=0) > MAX_GROUPS:
+    if tl.sum((keys >= floor).to(tl.int32), axis=0) > most:
         while low + 1 < high:
             middle = _middle(low, high)
             count = tl.sum((keys >= middle).to(tl.int32), axis=0)
-            if count < MIN_GROUPS:
+            if count < least:
                 high = middle
             else:
                 low = middle
-                if count <= MAX_GROUPS:
+                if count <= most:
                     high = middle
         found = low
     return found
 
 
 @triton.jit
-def _last_key(keys, weights, target, floor, ceiling):
-    """The smallest key t with (sum of weights of keys above t) < target, and that sum.
+def _collect(
+    row_logits, row_groups, groups_at, values_at, ids_at, num_valid, floor, ceiling, least, most,
+    NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    MOST_GROUPS: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Store all logits from a threshold up, and their ids, in the order of the ids.
 
-    floor: below it nothing counts. ceiling: at least the largest key.
+    Returns the threshold and the number of candidates; more than CANDIDATES: there are more than fit.
     """
-    low, high = floor - 1, ceiling
-    while low + 1 < high:
-        middle = _middle(low, high)
-        above = tl.sum(tl.where(keys > middle, weights, 0.0), axis=0)
-        if above < target:
-            high = middle
-        else:
-            low = middle
-    return high, tl.sum(tl.where(keys > high, weights, 0.0), axis=0)
+    groups = tl.arange(0, GROUPS_PADDED)
+    group_keys = order_key(tl.load(row_groups + groups, mask=groups < NUM_GROUPS, other=-float("inf")))
+    threshold = _group_floor(group_keys, floor, ceiling, least, most)
+    selected = group_keys >= threshold
+    place = tl.cumsum(selected.to(tl.int32), axis=0) - 1
+    num_groups = tl.sum(selected.to(tl.int32), axis=0)
+    num_found = CANDIDATES + 1
+    if num_groups <= MOST_GROUPS:
+        tl.store(groups_at + place, groups, mask=selected)
+        tl.debug_barrier()  # other threads of this program read what was stored
+        num_found = 0
+        for start in range(0, num_groups * GROUP, TILE):
+            index = start + tl.arange(0, TILE)
+            inside = index < num_groups * GROUP
+            ids = tl.load(groups_at + index // GROUP, mask=inside, other=0) * GROUP + index % GROUP
+            value = tl.load(row_logits + ids, mask=inside & (ids < num_valid), other=-float("inf"))
+            is_found = order_key(value) >= threshold
+            place = num_found + tl.cumsum(is_found.to(tl.int32), axis=0) - 1
+            fits = is_found & (place < CANDIDATES)
+            tl.store(values_at + place, value, mask=fits)
+            tl.store(ids_at + place, ids, mask=fits)
+            num_found += tl.sum(is_found.to(tl.int32), axis=0)
+        tl.debug_barrier()
+    return threshold, num_found
 
 
 @triton.jit
-def _last_id(is_tie, ids, count, num_ids):
-    """The smallest id up to which `count` of the tied ids lie; num_ids if there are no more than that."""
-    low, high = -1, num_ids
-    if tl.sum(is_tie.to(tl.int32), axis=0) > count:
-        while low + 1 < high:
-            middle = _middle(low, high)
-            if tl.sum((is_tie & (ids <= middle)).to(tl.int32), axis=0) >= count:
-                high = middle
-            else:
-                low = middle
-    return high
-
-
-@triton.jit
-def _prefix(keys, ids, kept, weights, target, unit, floor, ceiling, num_ids):
-    """Of `kept`, the ids with less than `target` of weight before them.
-
-    unit: what one more id of the last key weighs, by the key: 0 gives 1 (counts), else a mass (see the caller).
-    """
-    mine = tl.where(kept, weights, 0.0)
-    last, above = _last_key(keys, mine, target, floor, ceiling)
-    is_tie = kept & (keys == last)
-    each = tl.max(tl.where(is_tie, unit, 0.0), axis=0)
-    room = tl.minimum(tl.ceil((target - above) / tl.maximum(each, 1e-30)), 1e9).to(tl.int32)
-    bound = _last_id(is_tie, ids, tl.maximum(room, 1), num_ids)
-    return kept & ((keys > last) | (is_tie & (ids <= bound)))
+def _before(values_at, ids_at, num_found, value, ids, largest, temperature, STRIP: tl.constexpr):
+    """Number and mass of the candidates in front of each of some of them."""
+    count = tl.zeros([value.shape[0]], tl.float32)
+    mass = tl.zeros([value.shape[0]], tl.float32)
+    for start in range(0, num_found, STRIP):
+        index = start + tl.arange(0, STRIP)
+        other = tl.load(values_at + index, mask=index < num_found, other=-float("inf"))
+        other_ids = tl.load(ids_at + index, mask=index < num_found, other=0)
+        weight = tl.exp((other - largest) / temperature)
+        is_before = other[None, :] > value[:, None]
+        is_before = is_before | ((other[None, :] == value[:, None]) & (other_ids[None, :] < ids[:, None]))
+        count += tl.sum(is_before.to(tl.float32), axis=1)
+        mass += tl.sum(tl.where(is_before, weight[None, :], 0.0), axis=1)
+    return count, mass
 
 
 @triton.jit
@@ -180,94 +189,37 @@ def _draw(value, ids, kept, temperature, first, second):
 
 
 @triton.jit
-def _row_above(row_logits, num_valid, key, last_key, last_id, largest, temperature, CHUNK: tl.constexpr):
-    """Count and mass, over the whole row, of ids above `key` that (last_key, last_id) keeps."""
-    count = tl.zeros([CHUNK], tl.float32)
-    mass = tl.zeros([CHUNK], tl.float32)
-    for start in range(0, num_valid, CHUNK):
-        ids = start + tl.arange(0, CHUNK)
-        value = tl.load(row_logits + ids, mask=ids < num_valid, other=-float("inf"))
-        keys = order_key(value)
-        kept = (keys > key) & ((keys > last_key) | ((keys == last_key) & (ids <= last_id)))
-        count += kept.to(tl.float32)
-        mass += tl.where(kept, tl.exp((value - largest) / temperature), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+def _limits(top_k, top_p, base):
+    """An id is kept if fewer than so many, and less than so much mass, are in front of it."""
+    infinite = float("inf")
+    return tl.where(top_k > 0, top_k.to(tl.float32), infinite), tl.where(top_p < 1.0, top_p * base, infinite)
 
 
 @triton.jit
-def _row_ties(row_logits, num_valid, key, up_to, CHUNK: tl.constexpr):
-    """How many ids up to `up_to` have this key."""
-    count = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, num_valid, CHUNK):
-        ids = start + tl.arange(0, CHUNK)
-        keys = order_key(tl.load(row_logits + ids, mask=ids < num_valid, other=-float("inf")))
-        count += ((keys == key) & (ids <= up_to)).to(tl.int32)
-    return tl.sum(count, axis=0)
-
-
-@triton.jit
-def _row_prefix(
-    row_logits, num_valid, target, BY_MASS: tl.constexpr, last_key, last_id, largest, temperature, floor, ceiling,
-    CHUNK: tl.constexpr,
+def _choose_candidate(
+    values_at, ids_at, num_found, top_k, top_p, least, largest, total, temperature, first, second,
+    STRIP: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """`_prefix` over the whole row; takes and returns the last kept (key, id)."""
-    low, high = tl.maximum(floor, last_key) - 1, ceiling
-    while low + 1 < high:
-        middle = _middle(low, high)
-        count, mass = _row_above(row_logits, num_valid, middle, last_key, last_id, largest, temperature, CHUNK)
-        above = mass if BY_MASS else count
-        if above < target:
-            high = middle
-        else:
-            low = middle
-    count, mass = _row_above(row_logits, num_valid, high, last_key, last_id, largest, temperature, CHUNK)
-    above = mass if BY_MASS else count
-    each = 1.0
-    if BY_MASS:
-        bits = tl.where(high < 0, high ^ 0x7FFFFFFF, high)
-        each = tl.exp((bits.to(tl.float32, bitcast=True) - largest) / temperature)
-    room = tl.maximum(tl.minimum(tl.ceil((target - above) / tl.maximum(each, 1e-30)), 1e9).to(tl.int32), 1)
-    bound = num_valid
-    if high == last_key:
-        bound = last_id
-    if _row_ties(row_logits, num_valid, high, bound, CHUNK) > room:
-        below = -1
-        while below + 1 < bound:
-            middle = _middle(below, bound)
-            if _row_ties(row_logits, num_valid, high, middle, CHUNK) >= room:
-                bound = middle
-            else:
-                below = middle
-    return high, bound
-
-
-@triton.jit
-def _choose_in_row(
-    row_logits, num_valid, top_k, top_p, least, largest, total, temperature, first, second, floor, ceiling,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The long way: every search reads the whole row."""
-    last_key = floor
-    last_id = num_valid
+    """The short way: every candidate is compared with every other. top_k is 0 where it is off."""
     base = total
-    if (top_k > 0) & (top_k < num_valid):
-        last_key, last_id = _row_prefix(
-            row_logits, num_valid, top_k.to(tl.float32), False, last_key, last_id, largest, temperature, floor, ceiling,
-            CHUNK,
-        )  # fmt: skip
-        _, base = _row_above(row_logits, num_valid, floor - 1, last_key, last_id, largest, temperature, CHUNK)
-    if top_p < 1.0:
-        last_key, last_id = _row_prefix(
-            row_logits, num_valid, top_p * base, True, last_key, last_id, largest, temperature, floor, ceiling, CHUNK
-        )
+    if (top_k > 0) & (top_p < 1.0):
+        base = 0.0
+        for start in range(0, num_found, ROUND):
+            index = start + tl.arange(0, ROUND)
+            value = tl.load(values_at + index, mask=index < num_found, other=-float("inf"))
+            ids = tl.load(ids_at + index, mask=index < num_found, other=0)
+            count, _ = _before(values_at, ids_at, num_found, value, ids, largest, temperature, STRIP)
+            base += tl.sum(tl.where(count < top_k, tl.exp((value - largest) / temperature), 0.0), axis=0)
+    most, most_mass = _limits(top_k, top_p, base)
     best = -float("inf")
     best_id = 0
-    for start in range(0, num_valid, CHUNK):
-        ids = start + tl.arange(0, CHUNK)
-        value = tl.load(row_logits + ids, mask=ids < num_valid, other=-float("inf"))
-        keys = order_key(value)
-        kept = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
-        score, token_id = _draw(value, ids, kept & (value / temperature >= least), temperature, first, second)
+    for start in range(0, num_found, ROUND):
+        index = start + tl.arange(0, ROUND)
+        value = tl.load(values_at + index, mask=index < num_found, other=-float("inf"))
+        ids = tl.load(ids_at + index, mask=index < num_found, other=0)
+        count, mass = _before(values_at, ids_at, num_found, value, ids, largest, temperature, STRIP)
+        kept = (index < num_found) & (value / temperature >= least) & (count < most) & (mass < most_mass)
+        score, token_id = _draw(value, ids, kept, temperature, first, second)
         if score > best:
             best = score
             best_id = token_id
@@ -275,48 +227,116 @@ def _choose_in_row(
 
 
 @triton.jit
+def _row_pass(
+    row_logits, num_valid, key, token_id, least, largest, temperature, first, second, floor, CHUNK: tl.constexpr
+):
+    """Of the whole row's ids in front of (key, token_id): number, mass, and the one that draws best."""
+    count = tl.zeros([CHUNK], tl.float32)
+    mass = tl.zeros([CHUNK], tl.float32)
+    best = -float("inf")
+    best_id = -1
+    for start in range(0, num_valid, CHUNK):
+        ids = start + tl.arange(0, CHUNK)
+        value = tl.load(row_logits + ids, mask=ids < num_valid, other=-float("inf"))
+        keys = order_key(value)
+        is_before = (keys >= floor) & ((keys > key) | ((keys == key) & (ids < token_id)))
+        count += is_before.to(tl.float32)
+        mass += tl.where(is_before, tl.exp((value - largest) / temperature), 0.0)
+        kept = is_before & (value / temperature >= least)
+        score, found = _draw(value, ids, kept, temperature, first, second)
+        if score > best:
+            best = score
+            best_id = found
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0), best_id
+
+
+@triton.jit
+def _row_top_k_mass(row_logits, num_valid, top_k, largest, temperature, floor, ceiling, CHUNK: tl.constexpr):
+    """Mass of the row's `top_k` largest logits, by bisection."""
+    low, high = floor - 1, ceiling
+    above, mass = 0.0, 0.0
+    while low + 1 < high:
+        middle = _middle(low, high)
+        counts = tl.zeros([CHUNK], tl.float32)
+        masses = tl.zeros([CHUNK], tl.float32)
+        for start in range(0, num_valid, CHUNK):
+            ids = start + tl.arange(0, CHUNK)
+            value = tl.load(row_logits + ids, mask=ids < num_valid, other=-float("inf"))
+            is_above = order_key(value) > middle
+            counts += is_above.to(tl.float32)
+            masses += tl.where(is_above, tl.exp((value - largest) / temperature), 0.0)
+        count = tl.sum(counts, axis=0)
+        if count < top_k:
+            high = middle
+            above = count
+            mass = tl.sum(masses, axis=0)
+        else:
+            low = middle
+    return mass + (top_k - above) * tl.exp((_value_of(high) - largest) / temperature)
+
+
+@triton.jit
+def _choose_in_row(
+    row_logits, num_valid, top_k, top_p, least, largest, total, temperature, first, second, floor, ceiling,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The long way: whoever draws best, if it is in the set; else whoever draws best among those in front of it.
+
+    The set is a prefix of the order, so what lies behind a refused id is refused too. The mass that is left is at
+    least halved by a refusal on average; a nucleus of 0.95 is hit at once with that probability.
+    """
+    base = total
+    if (top_k > 0) & (top_p < 1.0):
+        base = _row_top_k_mass(row_logits, num_valid, top_k, largest, temperature, floor, ceiling, CHUNK)
+    most, most_mass = _limits(top_k, top_p, base)
+    _, _, token_id = _row_pass(
+        row_logits, num_valid, floor - 1, 0, least, largest, temperature, first, second, floor, CHUNK
+    )
+    is_refused = token_id >= 0
+    while is_refused:
+        key = order_key(tl.load(row_logits + token_id))
+        count, mass, better_id = _row_pass(
+            row_logits, num_valid, key, token_id, least, largest, temperature, first, second, floor, CHUNK
+        )
+        is_refused = ((count >= most) | (mass >= most_mass)) & (better_id >= 0)
+        if is_refused:
+            token_id = better_id
+    return token_id
+
+
+@triton.jit
 def _choose_cut(
-    row_logits, row_groups, row_scratch, num_valid, top_k, top_p, min_p, largest, total, temperature, first, second,
-    NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    MIN_GROUPS: tl.constexpr, MAX_GROUPS: tl.constexpr,
+    row_logits, row_groups, groups_at, values_at, ids_at, num_valid, top_k, top_p, min_p, largest, total, temperature,
+    first, second, NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    FEW_GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, CANDIDATES: tl.constexpr, ROUND: tl.constexpr,
+    STRIP: tl.constexpr,
 ):  # fmt: skip
     """A row with top_k, top_p or min_p."""
     floor = order_key(tl.full([], -float("inf"), tl.float32)) + 1
     ceiling = order_key(largest) + 1
     least = largest / temperature + tl.log(min_p)  # log(0) = -inf keeps all
-    groups = tl.arange(0, GROUPS_PADDED)
-    best = tl.load(row_groups + groups, mask=groups < NUM_GROUPS, other=-float("inf"))
-    group_keys = order_key(best)
-    threshold = _group_floor(group_keys, floor, ceiling, MIN_GROUPS, MAX_GROUPS)
-    selected = group_keys >= threshold
-    place = tl.cumsum(selected.to(tl.int32), axis=0) - 1
-    num_groups = tl.sum(selected.to(tl.int32), axis=0)
-    tl.store(row_scratch + place, groups, mask=selected & (place < MAX_GROUPS))
-    tl.debug_barrier()  # other threads of this program read what was stored
-    index = tl.arange(0, MAX_GROUPS * GROUP)
-    group = tl.load(row_scratch + index // GROUP, mask=index // GROUP < num_groups, other=0)
-    ids = group * GROUP + index % GROUP
-    value = tl.load(
-        row_logits + ids, mask=(index // GROUP < num_groups) & (ids < num_valid), other=-float("inf")
-    )
-    keys = order_key(value)
-    kept = keys >= threshold
-    mass = tl.where(kept, tl.exp((value - largest) / temperature), 0.0)
-    is_whole = threshold == floor  # nothing finite was left out
-    has_top_k = (top_k > 0) & (top_k < num_valid)
-    # Everything that may come must be among the candidates, or the whole row has to be searched.
-    holds = is_whole | (has_top_k & (top_k <= MIN_GROUPS))
-    holds = holds | ((not has_top_k) & (top_p < 1.0) & (tl.sum(mass, axis=0) >= top_p * total))
-    holds = holds | ((not has_top_k) & (min_p > 0.0) & (_value_of(threshold) / temperature <= least))
-    if holds & (num_groups <= MAX_GROUPS):
-        base = total
-        if has_top_k:
-            ones = tl.full([MAX_GROUPS * GROUP], 1.0, tl.float32)
-            kept = _prefix(keys, ids, kept, ones, top_k.to(tl.float32), ones, threshold, ceiling, num_valid)
-            base = tl.sum(tl.where(kept, mass, 0.0), axis=0)
-        if top_p < 1.0:
-            kept = _prefix(keys, ids, kept, mass, top_p * base, mass, threshold, ceiling, num_valid)
-        _, token_id = _draw(value, ids, kept & (value / temperature >= least), temperature, first, second)
+    top_k = tl.where(top_k < num_valid, top_k, 0)
+    wanted = tl.where(top_k > FEW_GROUPS, MANY_GROUPS, FEW_GROUPS)
+    holds = False
+    num_found = 0
+    while (not holds) & (wanted <= MANY_GROUPS):
+        threshold, num_found = _collect(
+            row_logits, row_groups, groups_at, values_at, ids_at, num_valid, floor, ceiling, wanted,
+            wanted + wanted // 2, NUM_GROUPS, GROUPS_PADDED, CHUNK, GROUP, MANY_GROUPS + MANY_GROUPS // 2, CANDIDATES,
+        )  # fmt: skip
+        # Everything that may come must be among the candidates.
+        holds = (threshold == floor) | ((top_k > 0) & (top_k <= wanted))
+        holds = holds | ((top_k == 0) & (min_p > 0.0) & (_value_of(threshold) / temperature <= least))
+        if (not holds) & (top_k == 0) & (num_found <= CANDIDATES):
+            index = tl.arange(0, CANDIDATES)
+            value = tl.load(values_at + index, mask=index < num_found, other=-float("inf"))
+            holds = tl.sum(tl.exp((value - largest) / temperature), axis=0) >= top_p * total
+        holds = holds & (num_found <= CANDIDATES)
+        wanted = tl.where(wanted == FEW_GROUPS, MANY_GROUPS, MANY_GROUPS + 1)
+    if holds:
+        token_id = _choose_candidate(
+            values_at, ids_at, num_found, top_k, top_p, least, largest, total, temperature, first, second, STRIP, ROUND
+        )
     else:
         token_id = _choose_in_row(
             row_logits, num_valid, top_k, top_p, least, largest, total, temperature, first, second, floor, ceiling,
@@ -334,11 +354,12 @@ def _value_of(key):
 @triton.jit
 def choose(
     logits, logits_stride, sample_rows, sample_positions, state, group_max, chunk_max, chunk_sum, chunk_best, chunk_id,
-    scratch, token_ids, token_stride, out, num_valid, NUM_CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, MIN_GROUPS: tl.constexpr,
-    MAX_GROUPS: tl.constexpr, STATE_WIDTH: tl.constexpr,
+    groups_at, values_at, ids_at, token_ids, token_stride, out, num_valid, NUM_CHUNKS: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr, GROUPS_PADDED: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    FEW_GROUPS: tl.constexpr, MANY_GROUPS: tl.constexpr, CANDIDATES: tl.constexpr, ROUND: tl.constexpr,
+    STRIP: tl.constexpr, STATE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """See `Sampling.launch`; program (slot)."""
+    """See `launch`; program (slot)."""
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(sample_rows + slot)
     if row >= 0:
@@ -357,9 +378,10 @@ def choose(
             first, second = _noise_keys(row_state, position)
             NUM_GROUPS: tl.constexpr = NUM_CHUNKS * (CHUNK // GROUP)
             token_id = _choose_cut(
-                logits + slot * logits_stride, group_max + slot * NUM_GROUPS, scratch + slot * MAX_GROUPS, num_valid,
-                top_k, top_p, min_p, largest, total, temperature, first, second, NUM_GROUPS, GROUPS_PADDED, CHUNK,
-                GROUP, MIN_GROUPS, MAX_GROUPS,
+                logits + slot * logits_stride, group_max + slot * NUM_GROUPS,
+                groups_at + slot * (MANY_GROUPS + MANY_GROUPS // 2), values_at + slot * CANDIDATES,
+                ids_at + slot * CANDIDATES, num_valid, top_k, top_p, min_p, largest, total, temperature, first, second,
+                NUM_GROUPS, GROUPS_PADDED, CHUNK, GROUP, FEW_GROUPS, MANY_GROUPS, CANDIDATES, ROUND, STRIP,
             )  # fmt: skip
         else:
             scores = tl.load(chunk_best + at, mask=chunks < NUM_CHUNKS, other=-float("inf"))
@@ -375,8 +397,8 @@ def choose(
 class SamplingWork:
     """Work space of `launch` for up to `max_rows` rows; made once.
 
-    group_max [rows, groups], chunk_max, chunk_sum, chunk_best [rows, chunks] float32; chunk_id [rows, chunks],
-    scratch [rows, MAX_GROUPS] int32.
+    group_max [rows, groups], chunk_max, chunk_sum, chunk_best [rows, chunks] float32; chunk_id [rows, chunks] int32;
+    groups [rows, 1.5 MANY_GROUPS] int32, values [rows, CANDIDATES] float32, ids likewise int32: of candidates.
     """
 
     group_max: torch.Tensor
@@ -384,7 +406,9 @@ class SamplingWork:
     chunk_sum: torch.Tensor
     chunk_best: torch.Tensor
     chunk_id: torch.Tensor
-    scratch: torch.Tensor
+    groups: torch.Tensor
+    values: torch.Tensor
+    ids: torch.Tensor
 
     @staticmethod
     def allocate(max_rows: int, vocab_size: int, device: torch.device) -> SamplingWork:
@@ -399,14 +423,17 @@ class SamplingWork:
             chunk_sum=empty(chunks, torch.float32),
             chunk_best=empty(chunks, torch.float32),
             chunk_id=empty(chunks, torch.int32),
-            scratch=empty(MAX_GROUPS, torch.int32),
+            groups=empty(MANY_GROUPS + MANY_GROUPS // 2, torch.int32),
+            values=empty(CANDIDATES, torch.float32),
+            ids=empty(CANDIDATES, torch.int32),
         )
 
     @staticmethod
     def num_bytes(max_rows: int, vocab_size: int) -> int:
         """Of `allocate`."""
         chunks = -(-vocab_size // CHUNK)
-        return max_rows * 4 * (chunks * (CHUNK // GROUP) + 4 * chunks + MAX_GROUPS)
+        candidates = MANY_GROUPS + MANY_GROUPS // 2 + 2 * CANDIDATES
+        return max_rows * 4 * (chunks * (CHUNK // GROUP) + 4 * chunks + candidates)
 
 
 def launch(
@@ -435,8 +462,9 @@ def launch(
     )  # fmt: skip
     choose[(num_slots,)](
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
-        work.chunk_best, work.chunk_id, work.scratch, token_ids, token_ids.stride(0), out, num_valid,
-        NUM_CHUNKS=num_chunks, CHUNKS_PADDED=triton.next_power_of_2(num_chunks),
+        work.chunk_best, work.chunk_id, work.groups, work.values, work.ids, token_ids, token_ids.stride(0), out,
+        num_valid, NUM_CHUNKS=num_chunks, CHUNKS_PADDED=triton.next_power_of_2(num_chunks),
         GROUPS_PADDED=triton.next_power_of_2(num_chunks * (CHUNK // GROUP)), CHUNK=CHUNK, GROUP=GROUP,
-        MIN_GROUPS=MIN_GROUPS, MAX_GROUPS=MAX_GROUPS, STATE_WIDTH=ROW_WIDTH, num_warps=WARPS,
+        FEW_GROUPS=FEW_GROUPS, MANY_GROUPS=MANY_GROUPS, CANDIDATES=CANDIDATES, ROUND=ROUND, STRIP=STRIP,
+        STATE_WIDTH=ROW_WIDTH, num_warps=WARPS,
     )  # fmt: skip
