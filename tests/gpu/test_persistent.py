@@ -174,7 +174,7 @@ def test_padding(case: Case, rows: int, padding: int) -> None:
 def test_uniform_routing(case: Case) -> None:
     if case.scales is not None or case.kv[0].scale_kind:
         pytest.skip("routing does not depend on KV memory: tested with bf16")
-    kernel = PersistentDecode(case.model, SHAPE, target.detect(), case.kv, 4, CUBINS, uniform_routing=True, wait_seconds=5)
+    kernel = PersistentDecode(case.model, SHAPE, target.detect(), case.kv, 4, CUBINS, True, wait_seconds=5)
     tokens = torch.tensor([5, 77, 31999], device="cuda", dtype=torch.int32)
     context = torch.tensor([9, 200, 2048], device="cuda", dtype=torch.int32)
     tables = torch.randperm(NUM_BLOCKS, device="cuda")[: 3 * TABLE].to(torch.int32).view(3, TABLE)
