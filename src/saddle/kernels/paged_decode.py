@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, UNSCALED, KVLayer, swizzled
+from saddle.kernels.decode_loop import attend, attend_fp8
+from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer
 from saddle.kernels.qk_rope import QUERY_SCALE
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ MAX_CUT, FEW_ROWS = 4, 8
 ITEM_FIELDS = 8  # of an item: row (-1: none), first block, number of blocks, first item of the row, items of the row
 HEADS_UP = 16  # query heads of a KV head, rounded up to the tensor cores' rows
 PARTIAL_HEADS = 8  # of those, stored in partial results
-# Blocks in flight of one program, bf16 and FP8.
-STAGES = (3, 4)
+# Stages of the pipeline over a program's tiles of 32 KB: of one block in bf16, of two in FP8. Three tiles in flight and
+# one in use leave room for two programs a multiprocessor and no third, which the cut of the items does not count on.
+STAGES = 4
+FP8_TILE = 128
 NUM_WARPS = 4
-NAIVE = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class DecodeWork:
     counters   [max_rows * kv_heads] int32, zero between launches
     target_items   items that fill the chip
     num_slots      programs that the chip holds at once
+    has_converter  NVIDIA's instruction that makes two float16 of two FP8 numbers (sm_89 and later)
     """
 
     items: torch.Tensor
@@ -67,6 +70,7 @@ class DecodeWork:
     counters: torch.Tensor
     target_items: int
     num_slots: int
+    has_converter: bool
 
     def max_items(self, num_rows: int) -> int:
         """Bound on the items of a step: cutting all blocks evenly leaves at most one short piece a row."""
@@ -82,7 +86,7 @@ class DecodeWork:
             torch.zeros(count, num_kv_heads, PARTIAL_HEADS, HEAD_DIM, device=device),
             torch.zeros(2, count, num_kv_heads, HEADS_UP, device=device),
             torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device),
-            target, slots,
+            target, slots, device.type == "cuda" and torch.version.hip is None,
         )  # fmt: skip
 
     @classmethod
@@ -104,7 +108,8 @@ def _plan_kernel(
     TARGET: tl.constexpr, SLOTS: tl.constexpr, KV_HEADS: tl.constexpr, MIN: tl.constexpr, COST: tl.constexpr,
     ROWS_UP: tl.constexpr, NUM_ITEMS: tl.constexpr, ITEMS_UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the items of all rows; one program. `cuts`: how many numbers of items to weigh, TARGET * 2/2, 3/2, ..."""
+    """Write the items of all rows; one program. `cuts`: how many numbers of items to weigh: TARGET, a little less in
+    seven steps (so that few equal rows divide evenly), then TARGET * 3/2, 4/2, ..."""
     if PDL > 0:
         gdc_wait()
     if PDL == 1:
@@ -115,7 +120,8 @@ def _plan_kernel(
     count = blocks
     least = total * 0 + 0x7FFFFFFF
     for cut in tl.range(0, cuts):
-        piece = tl.maximum(tl.cdiv(total, TARGET * (cut + 2) // 2), MIN)
+        wanted = tl.where(cut < 8, TARGET - cut * TARGET // 32, TARGET * (cut - 5) // 2)
+        piece = tl.maximum(tl.cdiv(total, tl.maximum(wanted, 1)), MIN)
         found = tl.cdiv(blocks, piece)
         longest = tl.max(tl.cdiv(blocks, tl.maximum(found, 1)), 0)
         cost = tl.cdiv(tl.sum(found, 0) * KV_HEADS, SLOTS) * (longest + COST)
@@ -192,133 +198,6 @@ def _normed_queries(base, q_norm, eps, query_scale, cos, sin, partner, first_hea
 
 
 @triton.jit
-def _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, limit, head, column,
-            KV_HEADS: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-            SCALES: tl.constexpr):  # fmt: skip
-    """Online softmax over the blocks of an item.
-
-    Returns largest scores [16], sums of weights [16] and unnormalised outputs [16, 128].
-    """
-    WIDE: tl.constexpr = queries.dtype
-    within = tl.arange(0, 64)
-    offsets = swizzled(within, column, CHUNK, 128)
-    best = tl.full([16], -1e30, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    result = tl.zeros([16, 128], tl.float32)
-    # Block ids are fetched one turn ahead: as a load inside the same turn they would take half of the stages.
-    block = tl.load(table + start)
-    for index in tl.range(start, start + num_blocks, num_stages=STAGES):
-        plane = (block.to(tl.int64) * (2 * KV_HEADS) + head) * 64
-        block = tl.load(table + tl.minimum(index + 1, start + num_blocks - 1))
-        known = index * 64 + within < limit
-        # What lies behind the context may be anything that a freed row left, NaN too: it must not be read.
-        keys = tl.load(kv + plane * 128 + offsets, mask=known[:, None], other=0.0, eviction_policy="evict_first")
-        values = tl.load(kv + (plane + KV_HEADS * 64) * 128 + offsets, mask=known[:, None], other=0.0,
-                         eviction_policy="evict_first")  # fmt: skip
-        scores = tl.dot(queries, tl.trans(keys.to(WIDE)))
-        if SCALES == 1:
-            scores *= k_scale
-        if SCALES == 2:
-            scores *= tl.load(kv_scales + plane + within, mask=known, other=0.0)[None, :]
-        scores = tl.where(known[None, :], scores, -1e30)
-        higher = tl.maximum(best, tl.max(scores, 1))
-        shrink = tl.exp2(best - higher)
-        weights = tl.where(known[None, :], tl.exp2(scores - higher[:, None]), 0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        result *= shrink[:, None]
-        if SCALES == 2:
-            # Weights times scales would leave float16's range: only their ratio to the largest goes in.
-            scale = tl.load(kv_scales + plane + KV_HEADS * 64 + within, mask=known, other=0.0)
-            largest = tl.maximum(tl.max(scale, 0), 1e-30)
-            weights *= (scale / largest)[None, :]
-            result += tl.dot(weights.to(WIDE), values.to(WIDE)) * largest
-        else:
-            result = tl.dot(weights.to(WIDE), values.to(WIDE), result)
-        best = higher
-    if SCALES == 1:
-        result *= v_scale
-    return best, total, result
-
-
-@triton.jit
-def _unpacked(pairs, LIKE: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """First and second number of pairs of FP8 numbers; ASM: by the converter of NVIDIA's sm_89 and later."""
-    if ASM:
-        # Two pairs a register: convert each, then sort first to first. Four instructions for four numbers, a third of
-        # what the plain form compiles to.
-        first, second = tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            .reg .b32 a, b;
-            mov.b32 {low, high}, $2;
-            cvt.rn.f16x2.e4m3x2 a, low;
-            cvt.rn.f16x2.e4m3x2 b, high;
-            prmt.b32 $0, a, b, 0x5410;
-            prmt.b32 $1, a, b, 0x7632;
-            }""", "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)  # fmt: skip
-    else:
-        first = (pairs & 0xFF).to(tl.uint8).to(LIKE, bitcast=True).to(WIDE)
-        second = (pairs >> 8).to(tl.uint8).to(LIKE, bitcast=True).to(WIDE)
-    return first, second
-
-
-@triton.jit
-def _attend_fp8(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks, limit, head, column,
-                KV_HEADS: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
-                SCALES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """`_attend` for FP8 memory, read as pairs of numbers: 16-bit elements can be transposed on their way from shared
-    memory to the tensor cores (ldmatrix), 8-bit ones cannot. Even and odd columns are multiplied apart."""
-    WIDE: tl.constexpr = queries.dtype
-    LIKE: tl.constexpr = kv.dtype.element_ty
-    memory = kv.to(tl.pointer_type(tl.uint16), bitcast=True)
-    within = tl.arange(0, 64)
-    offsets = swizzled(within, tl.arange(0, 64), CHUNK // 2, 64)
-    even, odd = tl.split(tl.reshape(queries, [16, 64, 2]))
-    best = tl.full([16], -1e30, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    result_even = tl.zeros([16, 64], tl.float32)
-    result_odd = tl.zeros([16, 64], tl.float32)
-    block = tl.load(table + start)
-    for index in tl.range(start, start + num_blocks, num_stages=STAGES):
-        plane = (block.to(tl.int64) * (2 * KV_HEADS) + head) * 64
-        block = tl.load(table + tl.minimum(index + 1, start + num_blocks - 1))
-        known = index * 64 + within < limit
-        keys = tl.load(memory + plane * 64 + offsets, mask=known[:, None], other=0, eviction_policy="evict_first")
-        values = tl.load(memory + (plane + KV_HEADS * 64) * 64 + offsets, mask=known[:, None], other=0,
-                         eviction_policy="evict_first")  # fmt: skip
-        keys_even, keys_odd = _unpacked(tl.trans(keys), LIKE, WIDE, ASM)
-        scores = tl.dot(odd, keys_odd, tl.dot(even, keys_even))
-        if SCALES == 1:
-            scores *= k_scale
-        if SCALES == 2:
-            scores *= tl.load(kv_scales + plane + within, mask=known, other=0.0)[None, :]
-        scores = tl.where(known[None, :], scores, -1e30)
-        higher = tl.maximum(best, tl.max(scores, 1))
-        shrink = tl.exp2(best - higher)
-        weights = tl.where(known[None, :], tl.exp2(scores - higher[:, None]), 0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        result_even *= shrink[:, None]
-        result_odd *= shrink[:, None]
-        values_even, values_odd = _unpacked(values, LIKE, WIDE, ASM)
-        if SCALES == 2:
-            # Weights times scales would leave float16's range: only their ratio to the largest goes in.
-            scale = tl.load(kv_scales + plane + KV_HEADS * 64 + within, mask=known, other=0.0)
-            largest = tl.maximum(tl.max(scale, 0), 1e-30)
-            weights = (weights * (scale / largest)[None, :]).to(WIDE)
-            result_even += tl.dot(weights, values_even) * largest
-            result_odd += tl.dot(weights, values_odd) * largest
-        else:
-            weights = weights.to(WIDE)
-            result_even = tl.dot(weights, values_even, result_even)
-            result_odd = tl.dot(weights, values_odd, result_odd)
-        best = higher
-    result = tl.reshape(tl.join(result_even, result_odd), [16, 128])
-    if SCALES == 1:
-        result *= v_scale
-    return best, total, result
-
-
-@triton.jit
 def _keep(number, kv, place, scales, scale_place, static, SCALES: tl.constexpr):
     """Store a key or value [128] in the cache; returns float32 what it reads back as."""
     if SCALES == 0:
@@ -384,25 +263,26 @@ def _decode_kernel(
     source, q_norm, k_norm, eps, cos_table, sin_table, query_scale, kv, kv_scales, k_scale, v_scale, block_tables,
     table_stride, row_ids, context_lens, items, partial, stats, stats_stride, counters, out, out_scales,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, SCALES: tl.constexpr, FUSED: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
-    NAIVE: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, SCALES: tl.constexpr, ASM: tl.constexpr, FUSED: tl.constexpr,
+    A8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item and one KV head. `source`: q [T, heads, 128], or qkv [T, heads + 2 kv_heads, 128] where FUSED."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     head = tl.program_id(0)
     item = tl.program_id(1)
+    # Items, contexts and tables were written at least two launches before, so that is done when this one may start.
+    row = tl.load(items + item * 8)
+    start = tl.load(items + item * 8 + 1)
+    num_blocks = tl.load(items + item * 8 + 2)
+    first_item = tl.load(items + item * 8 + 3)
+    num_items = tl.load(items + item * 8 + 4)
+    context = tl.load(context_lens + tl.maximum(row, 0))
+    table = block_tables + tl.load(row_ids + tl.maximum(row, 0)).to(tl.int64) * table_stride
     if PDL > 0:
         gdc_wait()
     if PDL == 1:
         gdc_launch_dependents()
-    row = tl.load(items + item * 8)
     if row >= 0:
-        start = tl.load(items + item * 8 + 1)
-        num_blocks = tl.load(items + item * 8 + 2)
-        first_item = tl.load(items + item * 8 + 3)
-        num_items = tl.load(items + item * 8 + 4)
-        context = tl.load(context_lens + row)
-        table = block_tables + tl.load(row_ids + row).to(tl.int64) * table_stride
         token = row.to(tl.int64)
         group = tl.arange(0, 16)
         column = tl.arange(0, 128)
@@ -415,14 +295,13 @@ def _decode_kernel(
         else:
             mine = (token * HEADS + head * GROUP + group)[:, None] * 128 + column[None, :]
             queries = tl.load(source + mine, mask=(group < GROUP)[:, None], other=0.0).to(WIDE)
-        # Fused, the new token is counted from registers.
-        if SCALES == 0 or NAIVE == 1:
-            best, total, result = _attend(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks,
-                                          context - FUSED, head, column, KV_HEADS, STAGES, CHUNK, SCALES)  # fmt: skip
+        limit = context - FUSED  # fused, the new token is counted from registers
+        if SCALES == 0:
+            best, total, result = attend(queries, kv, table, start, num_blocks, limit, head, column, KV_HEADS,
+                                          STAGES, CHUNK)  # fmt: skip
         else:
-            best, total, result = _attend_fp8(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks,
-                                              context - FUSED, head, column, KV_HEADS, STAGES, CHUNK, SCALES,
-                                              NAIVE == 2)  # fmt: skip
+            best, total, result = attend_fp8(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks,
+                                              limit, head, KV_HEADS, STAGES, TILE, CHUNK, SCALES, ASM)  # fmt: skip
         if PDL == 2:
             gdc_launch_dependents()
         if FUSED:  # noqa: SIM102
@@ -464,7 +343,7 @@ def plan_decode(context_lens: torch.Tensor, work: DecodeWork, num_rows: int, pdl
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     num_items, kv_heads = work.stats.shape[1:3]
     _plan_kernel[(1,)](
-        context_lens, work.items, num_rows, 2 * _cut(num_rows) - 1, work.target_items, work.num_slots, kv_heads,
+        context_lens, work.items, num_rows, 6 + 2 * _cut(num_rows), work.target_items, work.num_slots, kv_heads,
         MIN_BLOCKS, ITEM_COST, triton.next_power_of_2(len(work.counters) // kv_heads), num_items,
         triton.next_power_of_2(num_items), pdl, num_warps=4, **options,
     )  # fmt: skip
@@ -513,8 +392,8 @@ def _launch(
         source, q_norm, k_norm, eps, cos, sin, QUERY_SCALE, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables,
         block_tables.stride(0), row_ids, context_lens, work.items, work.partial, work.stats, work.stats.stride(0),
         work.counters, out.data, out.scale, kv_heads, group, _piece_of(num_heads), _piece_of(kv_heads),
-        STAGES[kv.scale_kind != UNSCALED], CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, fused,
-        out.scale is not None, pdl, NAIVE, num_warps=NUM_WARPS, **options,
+        STAGES, FP8_TILE, CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, work.has_converter, fused,
+        out.scale is not None, pdl, num_warps=NUM_WARPS, **options,
     )  # fmt: skip
 
 
