@@ -154,10 +154,10 @@ def _collect(
             ids = tl.load(groups_at + index // GROUP, mask=inside, other=0) * GROUP + index % GROUP
             value = tl.load(row_logits + ids, mask=inside & (ids < num_valid), other=-float("inf"))
             is_found = order_key(value) >= threshold
-            place = num_found + tl.cumsum(is_found.to(tl.int32), axis=0) - 1
-            fits = is_found & (place < CANDIDATES)
-            tl.store(values_at + place, value, mask=fits)
-            tl.store(ids_at + place, ids, mask=fits)
+            behind = num_found + tl.cumsum(is_found.to(tl.int32), axis=0) - 1
+            fits = is_found & (behind < CANDIDATES)
+            tl.store(values_at + behind, value, mask=fits)
+            tl.store(ids_at + behind, ids, mask=fits)
             num_found += tl.sum(is_found.to(tl.int32), axis=0)
         tl.debug_barrier()
     return threshold, num_found
