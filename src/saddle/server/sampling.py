@@ -112,7 +112,7 @@ def max_thinking_tokens(body: SamplingBody, effort: str | None = None) -> int | 
             raise InvalidRequest("thinking_token_budget must be 0 or left out with reasoning_effort none.",
                                  param="thinking_token_budget")  # fmt: skip
         return 0
-    return None if budget == -1 else budget
+    return None if budget is None or budget == -1 else min(budget, 2**31)
 
 
 def check_streaming(body: SamplingBody) -> None:

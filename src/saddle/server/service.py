@@ -124,6 +124,8 @@ class Service:
             RequestError: refused, by us or by the engine; nothing of it runs then.
         """
         arrival_s, facts = time.monotonic(), self.facts()
+        if not -(2**63) <= job.priority < 2**63:
+            raise InvalidRequest("priority must be a 64-bit integer.", "priority")
         if job.priority and not self._obeys_priority:
             raise InvalidRequest("priority must be 0 on a server without --scheduling-policy priority.", "priority")
         self._check_queue()
