@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from saddle.errors import StartupError
+from saddle.model import quantization
+from saddle.model.quantization import Quantization
 
 MODEL_TYPE = "minimax_m2"
 # Names that other tools give the same value; the first one is the published one.
@@ -43,22 +45,6 @@ READ = {"model_type", "attn_type_list", "num_hidden_layers", "num_attention_head
         "rms_norm_eps", "rotary_dim", "partial_rotary_factor", "rope_theta", "rope_parameters",
         "quantization_config"}.union(FIXED, ALIASES, *ALIASES.values())  # fmt: skip
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """`quantization_config`: which projection weights are FP8, in blocks of which shape.
-
-    block   rows x columns of weight that share one scale
-    ignored   parts of dotted module names that stay unquantised
-    """
-
-    block: tuple[int, int]
-    ignored: tuple[str, ...] = ()
-
-    def covers(self, module: str) -> bool:
-        """Whether the weight of a projection (dotted name, without `.weight`) is quantised."""
-        return not any(f".{name}." in f".{module}." for name in self.ignored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +134,14 @@ class ModelConfig:
         keys.require(self.rms_norm_eps > 0, "rms_norm_eps", "above 0")
         keys.require(self.rope_theta > 0, "rope_theta", "above 0")
         if self.quantization is not None:
+            # Tiles of 4-bit numbers are 128 columns wide too.
+            block = max(self.quantization.block if self.quantization.kind == "fp8" else (128, *self.quantization.block))
             for key, width in (
                 ("hidden_size", self.hidden_size),
                 ("intermediate_size", self.intermediate_size),
                 ("num_attention_heads", self.q_width),
                 ("num_key_value_heads", self.kv_width),
             ):
-                block = max(self.quantization.block)
                 right = f"such that its quantised weights ({width} wide) divide into blocks of {block}"
                 keys.require(width % block == 0, key, right)
 
@@ -173,11 +160,18 @@ class ModelConfig:
         return 2 * self.num_layers * self.kv_width * ITEM_BYTES[dtype]
 
     @property
+    def num_attention_params(self) -> int:
+        """Weights of the q, k, v and o projections."""
+        return self.num_layers * self.hidden_size * (2 * self.q_width + 2 * self.kv_width)
+
+    @property
+    def num_expert_params(self) -> int:
+        return self.num_layers * 3 * self.num_experts * self.hidden_size * self.intermediate_size
+
+    @property
     def num_projection_params(self) -> int:
-        """Weights of the projections and experts: those that a quantised checkpoint quantises."""
-        attention = self.hidden_size * (2 * self.q_width + 2 * self.kv_width)
-        experts = 3 * self.num_experts * self.hidden_size * self.intermediate_size
-        return self.num_layers * (attention + experts)
+        """Weights of the projections and experts: those that a quantised checkpoint may quantise."""
+        return self.num_attention_params + self.num_expert_params
 
     @property
     def num_router_params(self) -> int:
@@ -197,9 +191,12 @@ class ModelConfig:
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Bytes of all weights: as stored, or resident with every projection in `dtype` (the torch path)."""
         if dtype is None and self.quantization is not None:
-            rows, columns = self.quantization.block
-            projections = self.num_projection_params + 4 * (self.num_projection_params // (rows * columns))
-            return projections + 4 * self.num_router_params + ITEM_BYTES[self.dtype] * self.num_other_params
+            found = 0.0
+            for count, module in ((self.num_attention_params, "self_attn.q_proj"),
+                                  (self.num_expert_params, "block_sparse_moe.experts.0.w1")):  # fmt: skip
+                covered = self.quantization.covers("model.layers.0." + module)
+                found += self.quantization.bytes_of(count) if covered else ITEM_BYTES[self.dtype] * count
+            return round(found) + 4 * self.num_router_params + ITEM_BYTES[self.dtype] * self.num_other_params
         item = ITEM_BYTES[dtype or self.dtype]
         return item * (self.num_projection_params + self.num_other_params) + 4 * self.num_router_params
 
@@ -331,14 +328,4 @@ class _Keys:
             return None
         key = "quantization_config"
         self.require(isinstance(raw, Mapping), key, "a JSON object or absent")
-        method, fmt = raw.get("quant_method"), raw.get("fmt", "float8_e4m3fn")
-        self.require(method == "fp8", f"{key}.quant_method", '"fp8", or quantization_config absent', method)
-        self.require(fmt in ("float8_e4m3fn", "e4m3"), f"{key}.fmt", '"float8_e4m3fn"', fmt)
-        scheme = raw.get("activation_scheme", "dynamic")
-        self.require(scheme == "dynamic", f"{key}.activation_scheme", '"dynamic"', scheme)
-        block = raw.get("weight_block_size")
-        right = "two positive integers, such as [128, 128]"
-        self.require(isinstance(block, (list, tuple)) and len(block) == 2, f"{key}.weight_block_size", right, block)
-        self.require(all(isinstance(n, int) and n > 0 for n in block), f"{key}.weight_block_size", right, block)
-        ignored = raw.get("modules_to_not_convert") or raw.get("ignored_layers") or ()
-        return Quantization(block=(block[0], block[1]), ignored=tuple(ignored))
+        return quantization.parse(raw, lambda holds, name, right, found: self.require(holds, name, right, str(found)))

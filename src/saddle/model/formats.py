@@ -2,25 +2,35 @@
 
 A kernel takes the format; there is no second copy of a kernel for a format. FP8 weights are cut as bytes together
 with their scales, exactly as every rank of every device does it, and only then dequantised where a device computes
-in wider numbers. A further format (4-bit ones have other members, packed two to a byte) is one more class here.
+in wider numbers. 4-bit weights are cut as numbers: two lie in a byte, or eight in a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from saddle.errors import CheckpointError
+from saddle.kernels import nibbles
+from saddle.kernels.tiles import NibbleTiles
 from saddle.model.config import ModelConfig
 from saddle.parallel.layout import Slice, scale_granularity
 
-ReadSlice = Callable[[str, Slice, Slice], torch.Tensor]  # suffix of the tensor's name, rows, columns
+
+class ReadSlice(Protocol):
+    """Reads a slice of one tensor of a weight: the suffix of its name, rows and columns; all of it without them."""
+
+    def __call__(self, suffix: str, *parts: Slice) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One tensor of a stored weight: the end of its name, its shape, the dtypes it may have (in safetensors' words)."""
+    """One tensor of a stored weight: the end of its name, its shape, the dtypes it may have (in safetensors' words).
+
+    A single number may be stored with the shape () or (1,).
+    """
 
     suffix: str
     shape: tuple[int, ...]
@@ -53,6 +63,10 @@ class Fp8Slice:
         blocks = self.weight.to(torch.float32).view(rows // r, r, columns // c, c)
         return blocks.mul_(self.scale[:, None, :, None]).view(rows, columns)
 
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + self.scale.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Fp8Block:
@@ -77,10 +91,102 @@ class Fp8Block:
         return Fp8Slice(get("", rows, columns), scale, granularity)
 
 
-WeightFormat = Bf16 | Fp8Block
+@dataclass(frozen=True, slots=True)
+class NibbleSlice:
+    """4-bit numbers [R, C] uint8 (0 to 15), scales [R, C / group] as stored, and the factor of the whole weight."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    factor: float
+    tiles: NibbleTiles
+
+    def dequantise(self) -> torch.Tensor:
+        """value(number) * scale * factor, [R, C] float32."""
+        wide = self.scale.to(torch.float32).repeat_interleave(self.tiles.group, 1)
+        return nibbles.values(self.numbers, self.tiles).mul_(wide).mul_(self.factor)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numbers.numel() // 2 + self.scale.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4:
+    """E2M1 numbers, an E4M3 scale per 16 columns, one float32 factor; two numbers a byte, the even column low.
+
+    packed   compressed-tensors' names, whose factor is stored as its reciprocal; else ModelOpt's
+    """
+
+    packed: bool
+
+    @property
+    def tiles(self) -> NibbleTiles:
+        return NibbleTiles("e2m1", 16)
+
+    def members(self, shape: tuple[int, ...]) -> list[Member]:
+        rows, columns = shape
+        numbers, factor = ("_packed", "_global_scale") if self.packed else ("", "_scale_2")
+        return [
+            Member(numbers, (rows, columns // 2), ("U8",)),
+            Member("_scale", (rows, columns // 16), ("F8_E4M3",)),
+            Member(factor, (), ("F32",)),
+        ]
+
+    def read(self, get: ReadSlice, rows: Slice, columns: Slice) -> NibbleSlice:
+        """A slice of the numbers with its scales."""
+        numbers, _, factor = (member.suffix for member in self.members((rows.size, columns.size)))
+        raw = get(numbers, rows, _divided(columns, 2))
+        value = float(get(factor).reshape(()))
+        scale = get("_scale", rows, _divided(columns, 16))
+        return NibbleSlice(nibbles.from_bytes(raw), scale, 1 / value if self.packed else value, self.tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4:
+    """Integers (number - 8) with a bf16 scale per `group` columns; eight numbers an int32 word (pack-quantized)."""
+
+    group: int
+
+    @property
+    def tiles(self) -> NibbleTiles:
+        return NibbleTiles("int4", self.group)
+
+    def members(self, shape: tuple[int, ...]) -> list[Member]:
+        rows, columns = shape
+        return [
+            Member("_packed", (rows, columns // 8), ("I32",)),
+            Member("_scale", (rows, columns // self.group), ("BF16",)),
+            Member("_shape", (2,), ("I64", "I32")),
+        ]
+
+    def read(self, get: ReadSlice, rows: Slice, columns: Slice) -> NibbleSlice:
+        """A slice of the numbers with its scales."""
+        words = get("_packed", rows, _divided(columns, 8))
+        scale = get("_scale", rows, _divided(columns, self.group))
+        return NibbleSlice(nibbles.from_words(words), scale, 1.0, self.tiles)
+
+
+def _divided(part: Slice, step: int) -> Slice:
+    """A slice of columns in units of `step` columns.
+
+    Raises:
+        CheckpointError: it cuts a unit.
+    """
+    if part.start % step or part.stop % step:
+        raise CheckpointError(f"Columns {part.start} to {part.stop} cut 4-bit groups of {step}.")
+    return Slice(part.start // step, part.stop // step)
+
+
+WeightFormat = Bf16 | Fp8Block | Nvfp4 | Int4
 
 
 def format_of(config: ModelConfig, module: str) -> WeightFormat:
     """How the checkpoint stores the weight of a projection, given its dotted name."""
     quantization = config.quantization
-    return Fp8Block(quantization.block) if quantization is not None and quantization.covers(module) else Bf16()
+    if quantization is None or not quantization.covers(module):
+        return Bf16()
+    if quantization.kind == "fp8":
+        return Fp8Block(quantization.block)
+    if quantization.kind == "int4-packed":
+        return Int4(quantization.block[1])
+    return Nvfp4(packed=quantization.kind == "nvfp4-packed")

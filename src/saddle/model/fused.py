@@ -30,7 +30,6 @@ from saddle.kernels.nvrtc import CudaError
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
 from saddle.kernels.persistent import MAX_ROWS, DecodeShape, PersistentDecode, unsupported
 from saddle.kernels.target import Target
-from saddle.kernels.tiles import Fp8Tiles
 from saddle.model import packed
 from saddle.model.config import ModelConfig
 from saddle.model.inputs import DeviceInputs
@@ -42,7 +41,6 @@ from saddle.parallel.layout import ParallelLayout
 logger = logging.getLogger(__name__)
 
 ROTARY_DIM = 64
-PERSISTENT_BYTES = 32 << 20  # work space of the persistent kernel, rounded up
 # Programmatic dependent launch: the next kernel's programs may start early (1: after this one's wait; 2: before its
 # epilogue). Late is better for kernels of one or two programs a multiprocessor, which would lose their even spread.
 PDL_LATE = 2
@@ -85,7 +83,7 @@ class FusedMiniMaxM2:
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
         self.space = Workspace(config, kinds, target, max_tokens, max_rows, device)
         self.persistent: PersistentDecode | None = None
-        self._not_persistent = unsupported(target, self._decode_shape(), weights)
+        self._not_persistent = unsupported(target, decode_shape(config), weights)
         self.cos, self.sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
 
     @staticmethod
@@ -93,13 +91,17 @@ class FusedMiniMaxM2:
         """Bytes of the work space, known before anything is allocated."""
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
         own = Workspace(config, kinds, target, max_tokens, max_rows, torch.device("meta")).num_bytes
-        # The persistent kernel has its own order of the gates; the rest that it keeps is small.
-        gates = 4 * config.num_layers * config.hidden_size * config.num_experts
-        return own + (gates + PERSISTENT_BYTES if target.has_persistent_path else 0)
+        shape = decode_shape(config)
+        if unsupported(target, shape) is not None:
+            return own
+        return own + PersistentDecode.num_bytes(shape, min(MAX_ROWS, max_rows), target.num_sms)
 
     @property
     def workspace_bytes(self) -> int:
-        return self.space.num_bytes + (0 if self.persistent is None else self.persistent.num_bytes)
+        if self.persistent is None:
+            return self.space.num_bytes
+        rows = min(MAX_ROWS, self.max_rows)
+        return self.space.num_bytes + PersistentDecode.num_bytes(self.persistent.shape, rows, self.target.num_sms)
 
     def paths(self) -> list[str]:
         """Which kernels run which steps, one line each with the reason."""
@@ -115,10 +117,6 @@ class FusedMiniMaxM2:
     def failure(self) -> str | None:
         """Why the persistent kernel gave up, readable also when the device is gone; None: it did not."""
         return None if self.persistent is None else self.persistent.failure()
-
-    def _decode_shape(self) -> DecodeShape:
-        config = self.config
-        return DecodeShape.of(self.weights, config.num_experts_per_tok, config.rms_norm_eps, config.rope_theta)
 
     def allocate_kv(self, num_blocks: int, block_size: int, kind: str) -> KVMemory:
         """KV memory of `num_blocks` blocks, zeros; kinds as in `kv_memory`.
@@ -136,7 +134,7 @@ class FusedMiniMaxM2:
         if self._not_persistent is None and device.type == "cuda":
             try:
                 self.persistent = PersistentDecode(
-                    self.weights, self._decode_shape(), self.target, kv.layers, min(MAX_ROWS, self.max_rows),
+                    self.weights, decode_shape(self.config), self.target, kv.layers, min(MAX_ROWS, self.max_rows),
                     self._cache_dir, self.uniform_routing,
                 )  # fmt: skip
             except CudaError as error:
@@ -260,7 +258,12 @@ def why_not(config: ModelConfig) -> str | None:
     for key, width in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if width % 128:
             return f"the GPU kernels need a {key} that is a multiple of 128, not {width}"
-    kinds = packed.formats(config, ParallelLayout())
-    if not isinstance(kinds.w13, Fp8Tiles) or not isinstance(kinds.w2, Fp8Tiles):
-        return "the experts' kernels need FP8 weights, and this checkpoint's are not quantised"
     return None
+
+
+def decode_shape(config: ModelConfig) -> DecodeShape:
+    """What the persistent kernel is compiled for."""
+    return DecodeShape(
+        config.hidden_size, config.num_heads, config.num_kv_heads, config.num_experts, config.num_experts_per_tok,
+        config.intermediate_size, config.vocab_size, config.num_layers, config.rms_norm_eps, config.rope_theta,
+    )  # fmt: skip

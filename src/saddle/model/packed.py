@@ -1,8 +1,9 @@
 """The weights of the fused model: one resident layout for every kernel, filled from a checkpoint or at random.
 
-A checkpoint in FP8 blocks keeps its bytes and scales; they are cut into tiles (`kernels/tiles.py`) as they are, so
-nothing is rounded. Projections that a checkpoint stores in BF16 stay BF16, in bf16 tiles: they are not quantised. F32
-ones are rounded to bf16. Norms, router and correction bias are float32, the embedding is bf16, lm_head bf16 tiles.
+A checkpoint in FP8 blocks or in 4 bits keeps its numbers and scales; they are cut into tiles (`kernels/tiles.py`) as
+they are, so nothing is rounded. Projections that a checkpoint stores in BF16 stay BF16, in bf16 tiles: they are not
+quantised. F32 ones are rounded to bf16. Norms, router and correction bias are float32, the embedding is bf16, lm_head
+bf16 tiles.
 
 Loading uses the table of `weights.py`: each strip of rows goes to the device and is packed there, so the peak is the
 loaded model plus one strip per reader.
@@ -17,13 +18,13 @@ from pathlib import Path
 import torch
 
 from saddle.errors import StartupError
-from saddle.kernels import tiles
-from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix, TileFormat
+from saddle.kernels import nibbles, tiles
+from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, NibbleTiles, PackedMatrix, TileFormat
 from saddle.model import weights as loading
 from saddle.model.config import ModelConfig
 from saddle.model.files import TensorFiles
-from saddle.model.formats import Fp8Slice, format_of
-from saddle.model.weights import Layer, Place, Report
+from saddle.model.formats import Fp8Block, Fp8Slice, Int4, NibbleSlice, Nvfp4, format_of
+from saddle.model.weights import Layer, Place, Report, Stored
 from saddle.parallel.layout import ParallelLayout, Slice, scale_granularity
 
 MATRICES = ("qkv", "o", "w1 and w3", "w2")
@@ -46,10 +47,13 @@ class Rows:
     half: int | None = None
     expert: int | None = None
 
-    def put(self, row: int, value: torch.Tensor | Fp8Slice) -> None:
-        """Pack rows as stored: FP8 bytes with scales into FP8 tiles, plain numbers into bf16 tiles."""
+    def put(self, row: int, value: Stored) -> None:
+        """Pack rows as stored: FP8 or 4-bit numbers with their scales, plain numbers into bf16 tiles."""
         device = self.matrix.data.device
-        if isinstance(value, Fp8Slice):
+        if isinstance(value, NibbleSlice):
+            numbers, scale = value.numbers.to(device), value.scale.to(device)
+            nibbles.pack_into(self.matrix, numbers, scale, value.factor, self.row + row, self.half, self.expert)
+        elif isinstance(value, Fp8Slice):
             weight, scale = value.weight.to(device), value.scale.to(device)
             tiles.pack_into(self.matrix, weight, scale, self.row + row, self.half, self.expert)
         else:
@@ -155,11 +159,13 @@ def formats(config: ModelConfig, layout: ParallelLayout, fnuz: bool = False) -> 
         stored = {format_of(config, prefix + module) for module in modules}
         if len(stored) > 1:
             names = ", ".join(modules)
-            raise StartupError(f"{names} are one matrix on a GPU and must be stored alike, all FP8 or all BF16.")
-        quantization = config.quantization
-        if quantization is None or not quantization.covers(prefix + modules[0]):
-            return Bf16Tiles()
-        return Fp8Tiles(min(scale_granularity(columns, quantization.block[1]), 128), fnuz)
+            raise StartupError(f"{names} are one matrix on a GPU and must be stored alike, all quantised or none.")
+        [kind] = stored
+        if isinstance(kind, (Nvfp4, Int4)):
+            return kind.tiles
+        if isinstance(kind, Fp8Block):
+            return Fp8Tiles(min(scale_granularity(columns, kind.block[1]), 128), fnuz)
+        return Bf16Tiles()
 
     expert = "block_sparse_moe.experts.0."
     found = (
@@ -168,13 +174,13 @@ def formats(config: ModelConfig, layout: ParallelLayout, fnuz: bool = False) -> 
         one(hidden, expert + "w1", expert + "w3"),
         one(width, expert + "w2"),
     )
-    fp8 = [name for name, kind in zip(MATRICES, found, strict=True) if isinstance(kind, Fp8Tiles)]
-    plain = [name for name in MATRICES if name not in fp8]
     lines = []
-    if fp8:
-        lines.append(f"weight tiles: FP8, the checkpoint's own bytes and scales ({', '.join(fp8)})")
-    if plain:
-        lines.append(f"weight tiles: bf16, these are not quantised ({', '.join(plain)}, lm_head)")
+    for kind, text in ((Fp8Tiles, "FP8, the checkpoint's own bytes and scales"),
+                       (NibbleTiles, "4 bits, the checkpoint's own numbers and scales, multiplied as bf16 (W4A16)"),
+                       (Bf16Tiles, "bf16, these are not quantised")):  # fmt: skip
+        names = [name for name, one_kind in zip(MATRICES, found, strict=True) if isinstance(one_kind, kind)]
+        if names:
+            lines.append(f"weight tiles: {text} ({', '.join(names)}{', lm_head' if kind is Bf16Tiles else ''})")
     return Formats(*found, tuple(lines))
 
 
@@ -274,6 +280,9 @@ def dummy(model: PackedModel, seed: int) -> None:
 
 def _fill(matrix: PackedMatrix, size: float, generator: torch.Generator) -> None:
     """Random values with standard deviation size / sqrt(columns). The order of tiles does not matter to them."""
+    if isinstance(matrix.format, NibbleTiles):
+        _fill_nibbles(matrix, size, generator)
+        return
     values = matrix.values.view(-1)
     wanted = size * matrix.num_cols**-0.5
     fp8 = isinstance(matrix.format, Fp8Tiles)
@@ -296,3 +305,20 @@ def _fill(matrix: PackedMatrix, size: float, generator: torch.Generator) -> None
     tile_block = torch.arange(num_tiles, device=scales.device) * rows_a_tile // 128
     # The mean square of exp(0.25 n) is exp(2 * 0.25^2).
     scales.copy_(drawn.index_select(len(lead), tile_block) * (wanted / std * 2.718281828459045**-0.0625))
+
+
+def _fill_nibbles(matrix: PackedMatrix, size: float, generator: torch.Generator) -> None:
+    """As `_fill`: every 4-bit number is as likely as the others, and scales are around one."""
+    words = matrix.data.view(torch.int32).view(-1)
+    for start in range(0, words.numel(), DUMMY_NUMBERS):
+        part = words[start : start + DUMMY_NUMBERS]
+        part.random_(-(1 << 31), 1 << 31, generator=generator)
+    numbers = torch.arange(16, dtype=torch.uint8)
+    std = float(nibbles.values(numbers, nibbles.nibble_format(matrix)).square().mean().sqrt())
+    scales = nibbles.scale_view(matrix)
+    drawn = torch.empty(scales.shape, device=scales.device).normal_(0.0, 0.25, generator=generator).exp_()
+    factor = size * matrix.num_cols**-0.5 / std * 2.718281828459045**-0.0625
+    # Integers have no factor of their own: it goes into their scales.
+    integers = nibbles.nibble_format(matrix).numbers == "int4"
+    scales.copy_(drawn * factor if integers else drawn)
+    nibbles.factor_view(matrix).fill_(1.0 if integers else factor)

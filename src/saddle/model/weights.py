@@ -20,21 +20,23 @@ import torch
 from saddle.errors import CheckpointError
 from saddle.model.config import ModelConfig
 from saddle.model.files import TensorFiles
-from saddle.model.formats import Bf16, Fp8Slice, Member, WeightFormat, format_of
+from saddle.model.formats import Bf16, Fp8Slice, Member, NibbleSlice, WeightFormat, format_of
 from saddle.parallel.layout import ParallelLayout, Slice
 
-OPTIONAL = re.compile(r"\.(k_scale|v_scale|input_scale)$")
+OPTIONAL = re.compile(r"\.(k_scale|v_scale|q_scale|input_scale|input_global_scale)$")
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 NUM_READERS = 2
 STRIP_ROWS = 512  # a multiple of every scale block: bounds what a reader holds
 Report = Callable[[float, str], None]  # share done from 0 to 1, note
 Table = dict[str, "Target"]
 
+Stored = torch.Tensor | Fp8Slice | NibbleSlice  # rows of a weight as the checkpoint has them
+
 
 class Sink(Protocol):
     """A destination that is no plain tensor: it takes rows of a weight as the checkpoint stores them."""
 
-    def put(self, row: int, value: torch.Tensor | Fp8Slice) -> None:
+    def put(self, row: int, value: Stored) -> None:
         """Take rows `row`, `row + 1`, ... of this rank's slice."""
 
 
@@ -265,7 +267,8 @@ def check(files: TensorFiles, targets: dict[str, Target], num_layers: int) -> No
         hint = " Is quantization_config missing from config.json?" if extra[0].endswith("_scale_inv") else ""
         raise CheckpointError(f"{len(extra)} tensors of the checkpoint are unknown, the first is {extra[0]}.{hint}")
     for name, member in members.items():
-        if files.shape(name) != member.shape:
+        same = files.shape(name) == member.shape or (member.shape == () and files.shape(name) == (1,))
+        if not same:
             expected, got = list(member.shape), list(files.shape(name))
             raise CheckpointError(f"{name} must have shape {expected} by config.json, got {got}.")
         if files.dtype(name) not in member.dtypes:
@@ -312,7 +315,8 @@ def _fill(files: TensorFiles, name: str, target: Target) -> int:
         value, size = _read(files, name, target, (strip, *rest))
         row = strip.start - rows.start
         if isinstance(target.into, torch.Tensor):
-            _place(target.into[row : row + strip.size], value.dequantise() if isinstance(value, Fp8Slice) else value)
+            numbers = value if isinstance(value, torch.Tensor) else value.dequantise()
+            _place(target.into[row : row + strip.size], numbers)
         else:
             target.into.put(row, value)
         num_bytes += size
@@ -321,13 +325,13 @@ def _fill(files: TensorFiles, name: str, target: Target) -> int:
 
 def _read(
     files: TensorFiles, name: str, target: Target, parts: tuple[Slice, ...]
-) -> tuple[torch.Tensor | Fp8Slice, int]:
+) -> tuple[Stored, int]:
     """A slice of a weight, and how many bytes of the checkpoint it took."""
     if target.form is None:
         value = files.read(name, parts)
         return value, value.nbytes
     found = target.form.read(lambda suffix, *part: files.read(name + suffix, part), *parts)
-    return found, found.weight.nbytes + found.scale.nbytes if isinstance(found, Fp8Slice) else found.nbytes
+    return found, found.nbytes if isinstance(found, torch.Tensor) else found.num_bytes
 
 
 def _place(into: torch.Tensor, value: torch.Tensor) -> None:

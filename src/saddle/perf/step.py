@@ -100,7 +100,7 @@ class Driver:
         """A row of random ids whose first `num_computed` tokens are in memory; it owns `num_blocks` from the start."""
         self._epochs[row] += 1
         blocks = [self._order[(first_block + n) % len(self._order)] for n in range(num_blocks)]
-        ids = [self._rng.randrange(self.info.vocab_size) for _ in range(num_tokens)]
+        ids = self._rng.choices(range(self.info.vocab_size), k=num_tokens)
         seed = self._rng.getrandbits(62)
         return RowAdmit(row, self._epochs[row], ids, num_tokens, num_computed, blocks, SAMPLING, seed)
 

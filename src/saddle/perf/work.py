@@ -50,11 +50,8 @@ class Shape:
 def matrix(config: ModelConfig, rows: int, columns: int, module: str, tokens: float) -> Work:
     """One projection: its weight once, its product for so many tokens."""
     quantization = config.quantization
-    if quantization is not None and quantization.covers(module):
-        r, c = quantization.block
-        weight = rows * columns + 4.0 * (rows // r) * (columns // c)
-    else:
-        weight = 2.0 * rows * columns
+    covered = quantization is not None and quantization.covers(module)
+    weight = quantization.bytes_of(rows * columns) if quantization is not None and covered else 2.0 * rows * columns
     return Work(weight, 2.0 * rows * columns * tokens)
 
 
