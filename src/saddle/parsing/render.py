@@ -139,8 +139,8 @@ class Renderer:
             return {}
         places = [n for n, piece in enumerate(pieces) if piece.startswith(ASSISTANT) and piece.endswith(TURN_END)]
         turns = [(n, m) for n, m in enumerate(conversation.messages) if m["role"] == "assistant"]
-        if last_is_open:
-            turns = turns[:-1] if conversation.messages[-1]["role"] == "assistant" else turns
+        if last_is_open and turns and turns[-1][0] == len(conversation.messages) - 1:
+            turns = turns[:-1]
         if len(places) != len(turns):
             return {}  # a text holds a control token: which piece is which turn is not certain
         last_user = max((n for n, m in enumerate(conversation.messages) if m["role"] == "user"), default=-1)

@@ -220,6 +220,15 @@ def test_control_tokens_in_a_text_switch_replay_off(tokenizer: Tokenizer) -> Non
     assert rendered.num_replayed == 0 and rendered.token_ids == tokenizer.encode(rendered.text)
 
 
+def test_nothing_to_go_on_with(tokenizer: Tokenizer) -> None:
+    """A conversation without any turn can be asked to leave its last turn open."""
+    chat = Chat(tokenizer)
+    chat.generate(tokenizer.encode("a</think>b"))
+    assert len(chat.replay) == 1
+    rendered = chat.renderer.render(normalise([]), add_generation_prompt=False, continue_final_message=True)
+    assert rendered.text == "]~!b[]~b]system\nMe."
+
+
 @pytest.mark.parametrize("case", ["cut off", "stopped", "open call", "muted", "not thinking", "no end"])
 def test_what_is_no_turn_to_replay(tokenizer: Tokenizer, case: str) -> None:
     from saddle.protocol import SamplingParams
