@@ -294,7 +294,7 @@ def load(
     with TensorFiles(folder) as files, ThreadPoolExecutor(num_readers, thread_name_prefix="weights") as pool:
         check(files, targets, config.num_layers)
         order = sorted((name for name, target in targets.items() if target.into is not None),
-                       key=lambda name: (files.file_of(name), name))  # fmt: skip
+                       key=lambda name: (files.file_of(name + targets[name].members()[0].suffix), name))  # fmt: skip
         for done, size in enumerate(pool.map(lambda name: _fill(files, name, targets[name]), order), 1):
             num_bytes += size
             report(done / len(order), f"{num_bytes / 1e9:.2f} GB")
