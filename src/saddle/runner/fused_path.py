@@ -32,6 +32,7 @@ from saddle.protocol import (
     SamplingParams,
     StepMask,
 )
+from saddle.runner.compile_watch import CompileWatch
 from saddle.runner.device_batch import DeviceBatch, DeviceBatcher
 from saddle.runner.device_rows import DeviceRows
 from saddle.runner.device_sampler import DeviceSampler, Drawn, to_samples
@@ -102,6 +103,7 @@ class FusedPath:
         self.step_bytes = self._count_step_bytes(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.block_size)
         self.lines = [line, *target.decisions(), *packed.formats(shape, layout, target.is_fnuz).lines,
                       *map(str, config.compile.decisions(sizes.max_num_seqs))]  # fmt: skip
+        self.compile_watch = CompileWatch()
         self.num_launches = 0  # graphs or eager halves of the last step
         self.rows: DeviceRows
         self.model: FusedMiniMaxM2
@@ -157,6 +159,7 @@ class FusedPath:
             lambda done, count: on_progress("warming up", 0.5 + done / (2 * count), f"graph {done + 1} of {count}"),
         )
         torch.cuda.synchronize()
+        self.compile_watch.start()
 
     def _run_prompt(self, length: int, params: SamplingParams) -> None:
         """A prompt and a decoding step, in the row and the blocks of whoever comes first."""
