@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 if TYPE_CHECKING:
     from saddle.kernels.quant import Activation
 
+NUM_WARPS = 8
 GROUP = 128  # columns that share an activation scale
 
 
@@ -123,5 +124,5 @@ def _launch(
         x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1), index, table,
         weight, eps, out, scales, width, triton.next_power_of_2(width // GROUP), 0 if parts is None else len(parts),
         embed, index is not None and not embed, embed or (parts is not None and index is None), scales is not None,
-        pdl, num_warps=8 if width > 1024 else 4, **options,
+        pdl, num_warps=NUM_WARPS if width > 1024 else 4, **options,
     )  # fmt: skip

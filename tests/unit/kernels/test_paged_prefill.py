@@ -64,9 +64,10 @@ def test_quantised_output() -> None:
 
 @outside
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
-def test_tiles_fit_shared_memory(arch: str) -> None:
+@pytest.mark.parametrize("scale_kind", [0, 1, 2])
+def test_tiles_fit_shared_memory(arch: str, scale_kind: int) -> None:
     target = of_arch(arch)
-    tiles = paged_prefill.prefill_tiles(target)
+    tiles = paged_prefill.prefill_tiles(target, scale_kind)
     assert (tiles.rows + 2 * tiles.num_stages * tiles.keys) * HEAD_DIM * 2 <= target.shared_bytes
     assert tiles.keys % 64 == 0
 
