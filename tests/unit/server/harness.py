@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,26 @@ async def running(tokenizer: Tokenizer, script: Script, config: ServerConfig | N
         await serving
         service.close()
         sock.close()
+
+
+@contextlib.contextmanager
+def in_thread(tokenizer: Tokenizer, script: Script) -> Iterator[int]:
+    """The port of a server in a thread, for tests that are not coroutines."""
+    found: list[int] = []
+    up, done = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with running(tokenizer, script) as server:
+            found.append(int(server.base.rsplit(":", 1)[1]))
+            up.set()
+            await asyncio.to_thread(done.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert up.wait(10)
+    yield found[0]
+    done.set()
+    thread.join()
 
 
 def refuse(error: RequestError) -> Script:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.server.wire_openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from tests.unit.server.harness import running, words
+from tests.unit.server.harness import in_thread, words
 
 FINE = {200, 400, 404}
 ROUTES = {
@@ -40,22 +38,8 @@ settled = settings(max_examples=250, deadline=None, suppress_health_check=[Healt
 
 @pytest.fixture(scope="module")
 def port(tokenizer: Tokenizer) -> Iterator[int]:
-    """A server in a thread, for tests that are not coroutines."""
-    found: list[int] = []
-    up, done = threading.Event(), threading.Event()
-
-    async def main() -> None:
-        async with running(tokenizer, words(tokenizer, "x")) as server:
-            found.append(int(server.base.rsplit(":", 1)[1]))
-            up.set()
-            await asyncio.to_thread(done.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
-    thread.start()
-    assert up.wait(10)
-    yield found[0]
-    done.set()
-    thread.join()
+    with in_thread(tokenizer, words(tokenizer, "x")) as found:
+        yield found
 
 
 def check(port: int, route: str, data: bytes) -> None:
