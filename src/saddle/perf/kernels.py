@@ -46,36 +46,40 @@ class KernelSpec:
     uniform: bool = True
 
 
-def decode_inputs(num_rows: int, context: int, num_blocks: int, vocab_size: int, seed: int) -> DeviceInputs:
+def decode_inputs(
+    num_rows: int, context: int, num_blocks: int, vocab_size: int, seed: int, device: str = "cuda"
+) -> DeviceInputs:
     """A decode step of rows whose contexts (the new token included) are all `context` long, in scattered blocks; rows
     share blocks only if there are not enough."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     blocks_a_row = -(-context // BLOCK_SIZE)
-    order = torch.randperm(num_blocks, generator=generator, device="cuda", dtype=torch.int32)
+    order = torch.randperm(num_blocks, generator=generator, device=device, dtype=torch.int32)
     needed = num_rows * blocks_a_row
     tables = order.repeat(-(-needed // num_blocks))[:needed].view(num_rows, blocks_a_row).contiguous()
     position = context - 1
     slots = tables[:, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
 
     def full(value: int, count: int = num_rows) -> torch.Tensor:
-        return torch.full((count,), value, dtype=torch.int32, device="cuda")
+        return torch.full((count,), value, dtype=torch.int32, device=device)
 
-    every = torch.arange(num_rows + 1, dtype=torch.int32, device="cuda")
-    ids = torch.randint(vocab_size, (num_rows,), generator=generator, device="cuda", dtype=torch.int32)
+    every = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+    ids = torch.randint(vocab_size, (num_rows,), generator=generator, device=device, dtype=torch.int32)
     return DeviceInputs(ids, full(position), slots, tables, every[:-1], every, full(context), every[:-1], num_rows, 1,
                         context)  # fmt: skip
 
 
-def prompt_inputs(length: int, num_blocks: int, vocab_size: int, seed: int, start: int = 0) -> DeviceInputs:
+def prompt_inputs(
+    length: int, num_blocks: int, vocab_size: int, seed: int, start: int = 0, device: str = "cuda"
+) -> DeviceInputs:
     """One row that computes `length` tokens behind `start` others."""
     context = start + length
-    one = decode_inputs(1, context, num_blocks, vocab_size, seed)
-    positions = torch.arange(start, context, dtype=torch.int32, device="cuda")
+    one = decode_inputs(1, context, num_blocks, vocab_size, seed, device)
+    positions = torch.arange(start, context, dtype=torch.int32, device=device)
     slots = one.block_tables[0].long()[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    generator = torch.Generator("cuda").manual_seed(seed)
-    ids = torch.randint(vocab_size, (length,), generator=generator, device="cuda", dtype=torch.int32)
-    starts = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-    last = torch.tensor([length - 1], dtype=torch.int32, device="cuda")
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.randint(vocab_size, (length,), generator=generator, device=device, dtype=torch.int32)
+    starts = torch.tensor([0, length], dtype=torch.int32, device=device)
+    last = torch.tensor([length - 1], dtype=torch.int32, device=device)
     return DeviceInputs(ids, positions, slots, one.block_tables, one.row_ids, starts, one.context_lens, last, 0, length,
                         context, (length,))  # fmt: skip
 
