@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from saddle.kernels import experts, nibbles, quant, router, tiles
 
 pytestmark = support.needs_gpu
-ERROR = 6e-3  # bf16 or FP8 rounding of the result and of numbers between the two launches that fall the other way
+# bf16 rounding, and FP8 rounding of numbers between the two launches that falls the other way: one in a few hundred
+# of a group, a step of 6 % each; more of the whole where there are few.
+ERROR = {"m2": 6e-3, "demo": 2e-2}
 
 
 def routed(size: int, num_experts: int, top_k: int, width: int, num_pads: int = 0) -> router.RouterWork:
@@ -63,7 +65,7 @@ def test_experts(shape: str, chip: support.Target) -> None:
         out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size))
         experts.experts(h, w13, w2, work, act, out, chip)
         used = (size - num_pads) * top_k
-        assert support.error(out[:used], wanted[:used]) < ERROR, size
+        assert support.error(out[:used], wanted[:used]) < ERROR[shape], size
         assert out[used:].isnan().all(), (size, "rows that pad are not written")
         again = torch.full_like(out, 3.0)
         experts.experts(h, w13, w2, work, act, again, chip)
@@ -79,7 +81,7 @@ def test_swapped_gate_and_up_are_seen() -> None:
     wanted = wanted_rows(quant.dequantise(h), work, swapped, tiles.dequantise(w2), chip)
     act, out = quant.allocate(32, 128, h.data.dtype, "cuda"), support.poisoned(32, 256)
     experts.experts(h, w13, w2, work, act, out, chip)
-    assert support.error(out, wanted) > 20 * ERROR
+    assert support.error(out, wanted) > 20 * ERROR["demo"]
 
 
 FORMATS = [tiles.NibbleTiles("e2m1", 16), tiles.NibbleTiles("int4", 32), tiles.NibbleTiles("int4", 128)]
@@ -106,4 +108,4 @@ def test_4_bit_weights(tile_format: tiles.NibbleTiles) -> None:
         act = quant.allocate(size * top_k, inner, torch.bfloat16, "cuda")
         out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size))
         experts.experts(h, w13, w2, work, act, out, chip)
-        assert support.error(out, wanted) < ERROR, size
+        assert support.error(out, wanted) < ERROR["m2"], size

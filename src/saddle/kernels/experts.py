@@ -21,40 +21,56 @@ from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, MAX_FEW_TOK
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
     Block,
-    add_step,
     begin,
     check_activation,
-    factors,
+    few_product,
     fit,
+    fp8_scale,
     launch_options,
+    many_product,
     matrix_constants,
     quantised,
     release,
-    weight_places,
     weight_tensors,
 )
 from saddle.kernels.tiles import PackedMatrix
 
 
 @triton.jit
-def _unit(
+def _unit(counts, lists, units, index, capacity, EXPERTS: tl.constexpr, UNIT: tl.constexpr):
+    """Expert of a unit (-1: no such unit), where its pairs are listed, and how many there are."""
+    code = tl.load(units + index)
+    known = index < tl.load(counts + EXPERTS)
+    expert = tl.where(known, code & 0xFFFF, -1)
+    safe = tl.where(known, code & 0xFFFF, 0)
+    place = (code >> 16) * UNIT
+    count = tl.where(known, tl.load(counts + safe) - place, 0)
+    return expert, lists + safe.to(tl.int64) * capacity + place, count
+
+
+@triton.jit
+def _few_pairs(
     ids, counts, lists, units, index, capacity, EXPERTS: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """Expert of a unit (-1: no such unit), its pairs [BM], and which of them are real. ONE: a step of one token."""
+    """Expert of a unit, its pairs [BM], and which of them are real. ONE: a step of one token."""
     m = tl.arange(0, BM)
     if ONE:
         expert = tl.load(ids + index)
         real = m < 1
         pair = tl.where(real, index, 0)
     else:
-        code = tl.load(units + index)
-        known = index < tl.load(counts + EXPERTS)
-        expert = tl.where(known, code & 0xFFFF, -1)
-        place = (code >> 16) * BM + m
-        safe = tl.where(known, code & 0xFFFF, 0)
-        real = place < tl.where(known, tl.load(counts + safe), 0)
-        pair = tl.load(lists + safe.to(tl.int64) * capacity + place, mask=real, other=0)
+        expert, listed, count = _unit(counts, lists, units, index, capacity, EXPERTS, BM)
+        real = m < count
+        pair = tl.load(listed + m, mask=real, other=0)
     return expert, pair, real
+
+
+@triton.jit
+def _many_pairs(listed, count, BM: tl.constexpr):
+    """Pairs [BM] of a stretch of a list, and which of them are real; the others repeat the first."""
+    m = tl.arange(0, BM)
+    real = m < count
+    return tl.load(listed + tl.where(real, m, 0)).to(tl.int64), real
 
 
 @triton.jit
@@ -85,21 +101,14 @@ def _up_few_kernel(
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
-    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
+    expert, pair, real = _few_pairs(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
     if expert >= 0:
         first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
-        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
-        s_at = w_scales + first * (SLOT_BYTES // 4)
-        token = pair // TOP_K
-        h_at = h + token[None, :] * K + k[:, None]
-        total = tl.zeros([BN, BM], tl.float32)
-        for step in tl.range(0, K, BK, num_stages=STAGES):
-            total = add_step(total, w_at, s_at, g_at, h_at, h_scales + token * (K // 128), step, n, k, SLOT_K,
-                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, True, A8, True)  # fmt: skip
-        if GROUP > 0:
-            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
+        total = few_product(
+            h, h_scales, pair // TOP_K, real, w, w_scales, w_groups, first, n, 0, K, K, SLOT_K, SLOT_BYTES, SIZE,
+            SCALE_K, GROUP, INT4, True, A8, BN, BM, BK, STAGES,
+        )  # fmt: skip
         release(PDL)
         active = _swiglu(total, BN, BM)
         row = block * (BN // 2) + tl.arange(0, BN // 2)
@@ -124,25 +133,47 @@ def _down_few_kernel(
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
-    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
+    expert, pair, real = _few_pairs(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
     if expert >= 0:
         first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
-        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
-        s_at = w_scales + first * (SLOT_BYTES // 4)
-        a_at = act + pair.to(tl.int64)[None, :] * K + k[:, None]
         weight = tl.load(shares_of + pair, mask=real, other=0.0)
-        total = tl.zeros([BN, BM], tl.float32)
-        for step in tl.range(0, K, BK, num_stages=STAGES):
-            total = add_step(total, w_at, s_at, g_at, a_at, act_scales + pair * (K // 128), step, n, k, SLOT_K,
-                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False, A8, True)  # fmt: skip
-        if GROUP > 0:
-            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
+        total = few_product(
+            act, act_scales, pair.to(tl.int64), real, w, w_scales, w_groups, first, n, 0, K, K, SLOT_K, SLOT_BYTES,
+            SIZE, SCALE_K, GROUP, INT4, False, A8, BN, BM, BK, STAGES,
+        )  # fmt: skip
         release(PDL)
         row = block * BN + n
         at = pair.to(tl.int64)[None, :] * N + row[:, None]
         tl.store(out + at, (total * weight[None, :]).to(out.dtype.element_ty), mask=real[None, :] & (row >= 0)[:, None])
+
+
+@triton.jit
+def _up_tile(
+    h, h_scales, w, w_scales, w_groups, listed, count, act, act_scales, first, block, N: tl.constexpr, K: tl.constexpr,
+    SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr,
+    INT4: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BN interleaved rows of w1 and w3 for up to BM listed pairs."""
+    n = tl.arange(0, BN // 2)
+    pair, real = _many_pairs(listed, count, BM)
+    left, right = many_product(
+        h, h_scales, pair // TOP_K, w, w_scales, w_groups, first, n, K, SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4,
+        True, A8, BN // 2, BM, BK, STAGES,
+    )  # fmt: skip
+    release(PDL)
+    low, high = _swiglu_columns(left, BM, BN // 2), _swiglu_columns(right, BM, BN // 2)
+    column = block * (BN // 2) + tl.arange(0, BN // 4)
+    at = act + pair[:, None] * (N // 2) + column[None, :]
+    inside = real[:, None] & (column >= 0)[None, :]
+    if A8:
+        FP8: tl.constexpr = act.dtype.element_ty
+        share = fp8_scale(tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)), FP8)
+        tl.store(act_scales + pair * (N // BN) + block, share, mask=real)
+        low, high = low / share[:, None], high / share[:, None]
+    tl.store(at, low.to(act.dtype.element_ty), mask=inside)
+    tl.store(at + BN // 4, high.to(act.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -152,36 +183,42 @@ def _up_many_kernel(
     GROUP: tl.constexpr, INT4: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, A8: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`_up_few_kernel` with the pairs as rows."""
+    """`_up_few_kernel` with the pairs as rows; a list's short rest takes a tile of half the height."""
     BLOCKS: tl.constexpr = N // BN
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
-    n = tl.arange(0, BN)
-    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
-    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, False)
+    expert, listed, count = _unit(counts, lists, units, index, capacity, EXPERTS, BM)
     if expert >= 0:
         first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
-        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
-        s_at = w_scales + first * (SLOT_BYTES // 4)
-        token = pair // TOP_K
-        h_at = h + token[:, None] * K + k[None, :]
-        total = tl.zeros([BM, BN], tl.float32)
-        for step in tl.range(0, K, BK, num_stages=STAGES):
-            total = add_step(total, w_at, s_at, g_at, h_at, h_scales + token * (K // 128), step, n, k, SLOT_K,
-                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, True, A8, False)  # fmt: skip
-        if GROUP > 0:
-            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
-        release(PDL)
-        active = _swiglu_columns(total, BM, BN)
-        column = block * (BN // 2) + tl.arange(0, BN // 2)
-        at = pair.to(tl.int64)[:, None] * (N // 2) + column[None, :]
-        if A8:
-            share, numbers = quantised(active, 1, act.dtype.element_ty)
-            tl.store(act + at, numbers, mask=real[:, None] & (column >= 0)[None, :])
-            tl.store(act_scales + pair * (N // BN) + block, share, mask=real)
+        if count > BM // 2:
+            _up_tile(h, h_scales, w, w_scales, w_groups, listed, count, act, act_scales, first, block, N, K, SLOT_K,
+                     SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, TOP_K, A8, BN, BM, BK, STAGES, PDL)  # fmt: skip
         else:
-            tl.store(act + at, active.to(act.dtype.element_ty), mask=real[:, None] & (column >= 0)[None, :])
+            _up_tile(h, h_scales, w, w_scales, w_groups, listed, count, act, act_scales, first, block, N, K, SLOT_K,
+                     SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, TOP_K, A8, BN, BM // 2, BK, STAGES, PDL)  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    act, act_scales, w, w_scales, w_groups, listed, count, shares_of, out, first, block, N: tl.constexpr,
+    K: tl.constexpr, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr,
+    GROUP: tl.constexpr, INT4: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BN rows of w2 for up to BM listed pairs."""
+    n = tl.arange(0, BN // 2)
+    pair, real = _many_pairs(listed, count, BM)
+    left, right = many_product(
+        act, act_scales, pair, w, w_scales, w_groups, first, n, K, SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4,
+        False, A8, BN // 2, BM, BK, STAGES,
+    )  # fmt: skip
+    release(PDL)
+    weight = tl.load(shares_of + pair, mask=real, other=0.0)[:, None]
+    at = out + pair[:, None] * N + (block * BN + n)[None, :]
+    inside = real[:, None] & (n >= 0)[None, :]
+    tl.store(at, (left * weight).to(out.dtype.element_ty), mask=inside)
+    tl.store(at + BN // 2, (right * weight).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -195,40 +232,29 @@ def _down_many_kernel(
     BLOCKS: tl.constexpr = N // BN
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
-    n = tl.arange(0, BN)
-    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     begin(PDL)
-    expert, pair, real = _unit(ids, counts, lists, units, index, capacity, EXPERTS, BM, False)
+    expert, listed, count = _unit(counts, lists, units, index, capacity, EXPERTS, BM)
     if expert >= 0:
         first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
-        w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
-        s_at = w_scales + first * (SLOT_BYTES // 4)
-        a_at = act + pair.to(tl.int64)[:, None] * K + k[None, :]
-        weight = tl.load(shares_of + pair, mask=real, other=0.0)
-        total = tl.zeros([BM, BN], tl.float32)
-        for step in tl.range(0, K, BK, num_stages=STAGES):
-            total = add_step(total, w_at, s_at, g_at, a_at, act_scales + pair * (K // 128), step, n, k, SLOT_K,
-                             SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False, A8, False)  # fmt: skip
-        if GROUP > 0:
-            total *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
-        release(PDL)
-        column = block * BN + n
-        at = pair.to(tl.int64)[:, None] * N + column[None, :]
-        values = (total * weight[:, None]).to(out.dtype.element_ty)
-        tl.store(out + at, values, mask=real[:, None] & (column >= 0)[None, :])
+        if count > BM // 2:
+            _down_tile(act, act_scales, w, w_scales, w_groups, listed, count, shares_of, out, first, block, N, K,
+                       SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, A8, BN, BM, BK, STAGES, PDL)  # fmt: skip
+        else:
+            _down_tile(act, act_scales, w, w_scales, w_groups, listed, count, shares_of, out, first, block, N, K,
+                       SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, A8, BN, BM // 2, BK, STAGES, PDL)  # fmt: skip
 
 
 def up_block(num_tokens: int, w13: PackedMatrix, target: Target) -> Block:
     """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
     if num_tokens > MAX_FEW_TOKENS:
         return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w13, target)
-    return fit(Block(256, FEW_UNIT_TOKENS, 128, 4, 8), w13, target)
+    return fit(Block(256, FEW_UNIT_TOKENS, 64, 8, 8), w13, target)
 
 
 def down_block(num_tokens: int, w2: PackedMatrix, target: Target) -> Block:
     """Tiles of `down`."""
     if num_tokens > MAX_FEW_TOKENS:
-        return fit(Block(128, MANY_UNIT_TOKENS, 128, 4, 8), w2, target)
+        return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w2, target)
     return fit(Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8), w2, target)
 
 

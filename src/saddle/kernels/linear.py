@@ -18,16 +18,15 @@ from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
     Block,
-    add_step,
     begin,
     check_activation,
-    factors,
+    few_product,
     fit,
     launch_options,
+    many_product,
     matrix_constants,
     release,
     takes_fp8,
-    weight_places,
     weight_tensors,
 )
 from saddle.kernels.tiles import Bf16Tiles, PackedMatrix
@@ -47,23 +46,16 @@ def _few_kernel(
 ):  # fmt: skip
     """out[s, m, n] = sum over the s-th part of k of w[n, k] a[m, k], the weights being the product's rows."""
     block = tl.program_id(0)
-    part = tl.program_id(1)
     PART_K: tl.constexpr = K // SPLIT
+    part = tl.program_id(1)
     n = tl.arange(0, BN)
     m = tl.arange(0, BM)
-    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
     first = block.to(tl.int64) * (BN // 16) * (K // SLOT_K)
-    w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
-    s_at = w_scales + first * (SLOT_BYTES // 4)
-    token = tl.minimum(m, num_tokens - 1)
-    a_at = a + token[None, :] * K + k[:, None]
     begin(PDL)
-    total = tl.zeros([BN, BM], tl.float32)
-    for step in tl.range(part * PART_K, part * PART_K + PART_K, BK, num_stages=STAGES):
-        total = add_step(total, w_at, s_at, g_at, a_at, a_scales + token * (K // 128), step, n, k, SLOT_K, SLOT_BYTES,
-                         SIZE, SCALE_K, GROUP, INT4, False, A8, True)  # fmt: skip
-    if GROUP > 0:
-        total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
+    total = few_product(
+        a, a_scales, m, m < num_tokens, w, w_scales, w_groups, first, n, part * PART_K, part * PART_K + PART_K, K,
+        SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False, A8, BN, BM, BK, STAGES,
+    )  # fmt: skip
     release(PDL)
     place = part * num_tokens * N + m[None, :] * N + (block * BN + n)[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(m < num_tokens)[None, :] & (n >= 0)[:, None])
@@ -85,25 +77,20 @@ def _many_kernel(
     height = tl.minimum(blocks - first_block, BAND)
     m_block = first_block + pid % per_band % height
     n_block = pid % per_band // height
-    m = tl.arange(0, BM)
-    n = tl.arange(0, BN)
-    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
-    row = m_block * BM + m
+    n = tl.arange(0, BN // 2)
+    row = m_block * BM + tl.arange(0, BM)
     token = tl.minimum(row, num_tokens - 1).to(tl.int64)
     first = n_block.to(tl.int64) * (BN // 16) * (K // SLOT_K)
-    w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
-    s_at = w_scales + first * (SLOT_BYTES // 4)
-    a_at = a + token[:, None] * K + k[None, :]
     begin(PDL)
-    total = tl.zeros([BM, BN], tl.float32)
-    for step in tl.range(0, K, BK, num_stages=STAGES):
-        total = add_step(total, w_at, s_at, g_at, a_at, a_scales + token * (K // 128), step, n, k, SLOT_K, SLOT_BYTES,
-                         SIZE, SCALE_K, GROUP, INT4, False, A8, False)  # fmt: skip
-    if GROUP > 0:
-        total *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
+    left, right = many_product(
+        a, a_scales, token, w, w_scales, w_groups, first, n, K, SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False,
+        A8, BN // 2, BM, BK, STAGES,
+    )  # fmt: skip
     release(PDL)
-    place = token[:, None] * N + (n_block * BN + n)[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < num_tokens)[:, None] & (n >= 0)[None, :])
+    at = out + token[:, None] * N + (n_block * BN + n)[None, :]
+    inside = (row < num_tokens)[:, None] & (n >= 0)[None, :]
+    tl.store(at, left.to(out.dtype.element_ty), mask=inside)
+    tl.store(at + BN // 2, right.to(out.dtype.element_ty), mask=inside)
 
 
 def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
@@ -120,7 +107,7 @@ def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
 
 def many_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
     """Tiles for more tokens."""
-    block = Block(128, 128 if num_tokens > 256 else 64, 128, 4, 8)
+    block = Block(256, 128 if num_tokens > 256 else 64, 128, 4, 8)
     if not takes_fp8(w, target):
         block = Block(128, 128, 64, 4, 8)
     return fit(block, w, target)

@@ -5,9 +5,10 @@
     E = top-k of s + bias, ties to the lower id;  w = s[E] / sum(s[E])
 
 The first kernel multiplies slices of the hidden size by the gate before the norm is known: the logits are linear in
-x, so 1 / rms joins in the second one. Products are float32 (three tf32 products for one): a rounded logit would
-choose other experts. The second kernel, one program a token, selects, lists and quantises. Above a number of tokens
-a third one puts the work units in the order of experts, so that an expert's units find its weights in the cache.
+x, so 1 / rms joins in the second one. Products are float32 (tf32 or bf16 ones, several for one): a rounded logit would
+choose other experts. The second kernel, one program a token, selects, lists and quantises. With many tokens the norm
+is a kernel of its own, the gate is cut into bf16 parts once for all programs, and a last kernel puts the work units in
+the order of experts, so that an expert's units find its weights in the cache.
 
 A *pair* is token * top_k + j, the j-th expert of a token; its row in everything the experts write. A *unit* is
 expert | tile << 16: up to `unit_tokens` pairs of one expert, of its list's tile-th stretch. Rows with position -1 pad
@@ -17,61 +18,131 @@ each on its own. The math is that of `moe.route`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels import fused_norm
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import begin, quantised, release
 
 # Up to here the experts' kernels have the weights as the product's rows, see `experts`.
 MAX_FEW_TOKENS = 256
+# Up to here the first kernel adds the parts of each slice, and the second one norms; above, one kernel does both.
+MAX_FUSED_TOKENS = 128
+MANY_BLOCK = 128
+MANY_PROGRAMS = 132
 FEW_UNIT_TOKENS = 16
-MANY_UNIT_TOKENS = 64
+MANY_UNIT_TOKENS = 128
 
 
 @triton.jit(do_not_specialize=["num_tokens", "part_stride", "part_token_stride"])
-def _logits_kernel(
+def _few_logits_kernel(
     x, parts, part_stride, part_token_stride, weight, gate, x_out, logits, squares, counts, num_tokens,
-    NUM_PARTS: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SLICE: tl.constexpr, BK: tl.constexpr,
-    BE: tl.constexpr, BM: tl.constexpr, COUNTERS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    NUM_PARTS: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SLICE: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, COUNTERS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A slice of SLICE columns: x_out = x + parts, logits [slices, T, EXPERTS] and squares [slices, T] shares."""
     part = tl.program_id(0)
     expert_block = tl.program_id(1)
     row = tl.program_id(2) * BM + tl.arange(0, BM)
-    column = tl.arange(0, BK)
+    column = part * SLICE + tl.arange(0, SLICE)
     expert = expert_block * BE + tl.arange(0, BE)
     real = expert < EXPERTS
     inside = (row < num_tokens)[:, None] & (column >= 0)[None, :]
+    # No kernel writes these two: loaded before the wait.
+    gain = tl.load(weight + column)
+    rows = tl.load(gate + column[:, None] * EXPERTS + expert[None, :], mask=real[None, :], other=0.0)
     begin(PDL)
     if (part == 0) & (expert_block == 0) & (tl.program_id(2) == 0):
         counter = tl.arange(0, COUNTERS)
         tl.store(counts + counter, tl.zeros([COUNTERS], tl.int32))
-    total = tl.zeros([BM, BE], tl.float32)
-    square = tl.zeros([BM], tl.float32)
-    token = row.to(tl.int64)
-    for step in tl.range(part * SLICE, part * SLICE + SLICE, BK, num_stages=STAGES):
-        place = token[:, None] * WIDTH + (step + column)[None, :]
-        values = tl.load(x + place, mask=inside, other=0.0)
-        for j in tl.static_range(NUM_PARTS):
-            at = parts + j * part_stride + token[:, None] * part_token_stride + (step + column)[None, :]
-            values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        if expert_block == 0:
-            tl.store(x_out + place, values, mask=inside)
-        square += tl.sum(values * values, 1)
-        gained = values * tl.load(weight + step + column)[None, :]
-        rows = tl.load(gate + (step + column)[:, None] * EXPERTS + expert[None, :], mask=real[None, :], other=0.0)
-        total += tl.dot(gained, rows, input_precision=PRECISION)
+    place = row[:, None] * WIDTH + column[None, :]
+    values = tl.load(x + place, mask=inside, other=0.0)
+    for j in tl.static_range(NUM_PARTS):
+        at = parts + j * part_stride + row[:, None] * part_token_stride + column[None, :]
+        values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     release(PDL)
     at = part * num_tokens + row
     if expert_block == 0:
-        tl.store(squares + at, square, mask=row < num_tokens)
+        tl.store(x_out + place, values, mask=inside)
+        tl.store(squares + at, tl.sum(values * values, 1), mask=row < num_tokens)
+    total = tl.dot(values * gain[None, :], rows, input_precision=PRECISION)
     tl.store(logits + at[:, None] * EXPERTS + expert[None, :], total, mask=(row < num_tokens)[:, None] & real[None, :])
+
+
+@triton.jit
+def _bf16_parts(values):
+    """Three bfloat16 numbers whose sum is the float32 number."""
+    high = values.to(tl.bfloat16)
+    rest = values - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _gate_parts_kernel(
+    weight, gate, parts, counts, SIZE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """parts [3, WIDTH, EXPERTS] = weight * gate in three bfloat16 numbers; counters to zero."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < SIZE
+    gained = tl.load(gate + place, mask=inside, other=0.0) * tl.load(weight + place // EXPERTS, mask=inside, other=0.0)
+    high, middle, low = _bf16_parts(gained)
+    begin(PDL)
+    if tl.program_id(0) == 0:
+        counter = tl.arange(0, COUNTERS)
+        tl.store(counts + counter, tl.zeros([COUNTERS], tl.int32))
+    release(PDL)
+    tl.store(parts + place, high, mask=inside)
+    tl.store(parts + SIZE + place, middle, mask=inside)
+    tl.store(parts + 2 * SIZE + place, low, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _many_logits_kernel(
+    x, parts, logits, squares, num_tokens, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr,
+    SLICE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_few_logits_kernel` for a finished x and a gate in parts.
+
+    A float32 product is the six largest of the nine products of parts: as exact as float32 sums are, and on the
+    matrix units twice as fast as three tf32 products, whose parts would be made anew in every program.
+    """
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    column = tl.arange(0, BK)
+    expert = tl.arange(0, BE)
+    real = (expert < EXPERTS)[None, :] & (column >= 0)[:, None]
+    token = tl.minimum(row, num_tokens - 1).to(tl.int64)
+    begin(PDL)
+    x_at = x + token[:, None] * WIDTH + column[None, :]
+    high_at = parts + column[:, None] * EXPERTS + expert[None, :]
+    total = tl.zeros([BM, BE], tl.float32)
+    square = tl.zeros([BM], tl.float32)
+    for step in tl.range(part * SLICE, part * SLICE + SLICE, BK, num_stages=STAGES):
+        values = tl.load(x_at + step)
+        gate_high = tl.load(high_at + step * EXPERTS, mask=real, other=0.0)
+        gate_middle = tl.load(high_at + WIDTH * EXPERTS + step * EXPERTS, mask=real, other=0.0)
+        gate_low = tl.load(high_at + 2 * WIDTH * EXPERTS + step * EXPERTS, mask=real, other=0.0)
+        square += tl.sum(values * values, 1)
+        high, middle, low = _bf16_parts(values)
+        total = tl.dot(low, gate_high, total)
+        total = tl.dot(middle, gate_middle, total)
+        total = tl.dot(high, gate_low, total)
+        total = tl.dot(middle, gate_high, total)
+        total = tl.dot(high, gate_middle, total)
+        total = tl.dot(high, gate_high, total)
+    release(PDL)
+    at = part * num_tokens + row
+    tl.store(squares + at, square, mask=row < num_tokens)
+    inside = (row < num_tokens)[:, None] & (expert < EXPERTS)[None, :]
+    tl.store(logits + at[:, None] * EXPERTS + expert[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -111,10 +182,10 @@ def _select_kernel(
     x, x_out, logits, squares, weight, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, h,
     h_scales, num_tokens, capacity, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SLICES: tl.constexpr,
-    SLICES_PADDED: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, COPY: tl.constexpr, LISTS: tl.constexpr,
-    A8: tl.constexpr, PDL: tl.constexpr,
+    SLICES_PADDED: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, NORM: tl.constexpr, COPY: tl.constexpr,
+    LISTS: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token. LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists."""
+    """One token. LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists. NORM: h too, and x if COPY."""
     token = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     expert = tl.arange(0, EXPERTS_PADDED)
@@ -123,12 +194,14 @@ def _select_kernel(
     picked = choice < TOP_K
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = (group < WIDTH // 128)[:, None] & (column >= 0)
-    gain = tl.load(weight + column, mask=inside, other=0.0)
+    if NORM:
+        gain = tl.load(weight + column, mask=inside, other=0.0)
     offset = tl.load(bias + expert, mask=real, other=0.0)
     begin(PDL)
     position = tl.load(positions + token)
     at = token.to(tl.int64) * WIDTH + column
-    values = tl.load(x_out + at, mask=inside, other=0.0)
+    if NORM:
+        values = tl.load(x_out + at, mask=inside, other=0.0)
     part = tl.arange(0, SLICES_PADDED)
     square = tl.sum(tl.load(squares + part * num_tokens + token, mask=part < SLICES, other=0.0), 0)
     inverse = tl.rsqrt(square / WIDTH + eps)
@@ -153,15 +226,16 @@ def _select_kernel(
             first = listed & (place % UNIT == 0)
             unit = tl.atomic_add(counts + EXPERTS + choice * 0, 1, mask=first, sem="relaxed")
             tl.store(units + unit, chosen | (place // UNIT << 16), mask=first)
-    normed = values * inverse * gain
-    if A8:
-        scale, numbers = quantised(normed, 1, h.dtype.element_ty)
-        tl.store(h + at, numbers, mask=inside)
-        tl.store(h_scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
-    else:
-        tl.store(h + at, normed.to(h.dtype.element_ty), mask=inside)
-    if COPY:
-        tl.store(x + at, values, mask=inside)
+    if NORM:
+        normed = values * inverse * gain
+        if A8:
+            scale, numbers = quantised(normed, 1, h.dtype.element_ty)
+            tl.store(h + at, numbers, mask=inside)
+            tl.store(h_scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
+        else:
+            tl.store(h + at, normed.to(h.dtype.element_ty), mask=inside)
+        if COPY:
+            tl.store(x + at, values, mask=inside)
 
 
 @triton.jit
@@ -182,33 +256,29 @@ def _units_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Slicing:
-    """How `_logits_kernel` cuts its work: `num` slices of the hidden size, BE experts and BM tokens a program."""
+    """How the logits are computed: `num` slices of the hidden size, BE experts and BM tokens a program."""
 
     num: int
     be: int
     bm: int
-    bk: int
     warps: int
 
 
 def slicing(num_tokens: int, width: int, num_experts: int) -> Slicing:
-    """Few tokens want programs (slices), many want few partial sums. Found on an H100 up to 128 tokens."""
+    """Programs for every multiprocessor, and no more partial sums than that takes. Found on an H100."""
     padded = triton.next_power_of_2(num_experts)
-    if num_tokens < 64:
-        wanted, be, bm, warps = 64, 64, 16, 4
+    if num_tokens <= 32:
+        columns, be, bm, warps = 64, 64, 16, 4
     elif num_tokens <= 64:
-        wanted, be, bm, warps = 64, 128, 32, 4
-    elif num_tokens <= 128:
-        wanted, be, bm, warps = 32, padded, 16, 4
-    elif num_tokens <= 1024:
-        wanted, be, bm, warps = 512, padded, 32, 8
+        columns, be, bm, warps = 64, 128, 32, 4
+    elif num_tokens <= MAX_FUSED_TOKENS:
+        columns, be, bm, warps = 32, padded, 16, 4
     else:
-        wanted, be, bm, warps = 1536, padded, 64, 8
-    bk = 32 if num_tokens > 64 else 64
-    columns = wanted
-    while width % columns or columns % bk:
-        columns -= bk
-    return Slicing(width // columns, min(padded, be), bm, bk, warps)
+        blocks = triton.cdiv(triton.next_power_of_2(num_tokens), MANY_BLOCK)
+        most = max(1, MANY_PROGRAMS // blocks)
+        num = max(count for count in range(1, most + 1) if width % (64 * count) == 0)
+        return Slicing(num, padded, MANY_BLOCK, 8)
+    return Slicing(width // columns, min(padded, be), bm, warps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +290,7 @@ class RouterWork:
     counts    [E + 1, padded] int32: pairs of each expert, then the number of units
     lists     [E, max_tokens] int32: pairs of each expert
     units     [max units] int32
-    logits, squares, x   scratch of the first kernel
+    logits, squares, x, gate_parts   scratch
     """
 
     top_k: int
@@ -232,23 +302,26 @@ class RouterWork:
     logits: torch.Tensor
     squares: torch.Tensor
     x: torch.Tensor
+    gate_parts: torch.Tensor
 
     @staticmethod
     def shapes(
         max_tokens: int, width: int, num_experts: int, top_k: int
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor."""
-        sizes = {min(max_tokens, size) for size in (1, 63, 64, 128, 1024, max_tokens)}
-        slices = {size: slicing(size, width, num_experts).num * size for size in sizes}
+        sizes = [min(max_tokens, 1 << power) for power in range(max_tokens.bit_length() + 1)]
+        rows = max(slicing(size, width, num_experts).num * size for size in sizes)
+        num_parts = 3 if max_tokens > MAX_FUSED_TOKENS else 0
         return {
             "ids": ((max_tokens * top_k,), torch.int32),
             "weights": ((max_tokens * top_k,), torch.float32),
             "counts": ((triton.next_power_of_2(num_experts + 1),), torch.int32),
             "lists": ((num_experts, max_tokens), torch.int32),
             "units": ((max_units(max_tokens, num_experts, top_k, FEW_UNIT_TOKENS),), torch.int32),
-            "logits": ((max(slices.values()) * num_experts,), torch.float32),
-            "squares": ((max(slices.values()),), torch.float32),
+            "logits": ((rows * num_experts,), torch.float32),
+            "squares": ((rows,), torch.float32),
             "x": ((min(max_tokens, 64), width), torch.float32),
+            "gate_parts": ((num_parts, width, num_experts), torch.bfloat16),
         }
 
     @classmethod
@@ -267,7 +340,7 @@ class RouterWork:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.ids, self.weights, self.counts, self.lists, self.units, self.logits, self.squares, self.x)
+        tensors = (getattr(self, item.name) for item in fields(self) if item.name != "top_k")
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
@@ -316,25 +389,37 @@ def route(
         raise ValueError(f"Uniform routing needs a power of two of experts, got {num_experts}.")
     cut = slicing(num_tokens, width, num_experts)
     padded = triton.next_power_of_2(num_experts)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    fused = num_tokens <= MAX_FUSED_TOKENS
     # Several programs read a slice of x, one for each block of experts: they may not see it half changed.
-    copy = padded > cut.be
+    copy = fused and padded > cut.be
     x_out = work.x if copy else x
-    options = {"launch_pdl": True} if pdl else {}
-    _logits_kernel[(cut.num, padded // cut.be, triton.cdiv(num_tokens, cut.bm))](
-        x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1),
-        weight, gate, x_out, work.logits, work.squares, work.counts, num_tokens,
-        NUM_PARTS=0 if parts is None else len(parts), WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num,
-        BK=cut.bk, BE=cut.be, BM=cut.bm, COUNTERS=len(work.counts),
-        PRECISION="tf32x3" if target.is_cuda else "ieee", STAGES=2, PDL=pdl, num_warps=cut.warps, **options,
-    )  # fmt: skip
+    if fused:
+        _few_logits_kernel[(cut.num, padded // cut.be, triton.cdiv(num_tokens, cut.bm))](
+            x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1), weight, gate,
+            x_out, work.logits, work.squares, work.counts, num_tokens, NUM_PARTS=0 if parts is None else len(parts),
+            WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num, BE=cut.be, BM=cut.bm, COUNTERS=len(work.counts),
+            PRECISION="tf32x3" if target.is_cuda else "ieee", PDL=pdl, num_warps=cut.warps, **options,
+        )  # fmt: skip
+    else:
+        fused_norm.add_norm(x, parts, weight, eps, h, pdl)
+        _gate_parts_kernel[(triton.cdiv(gate.numel(), 1024),)](
+            weight, gate, work.gate_parts, work.counts, SIZE=gate.numel(), EXPERTS=num_experts, BLOCK=1024,
+            COUNTERS=len(work.counts), PDL=pdl, num_warps=4, **options,
+        )  # fmt: skip
+        _many_logits_kernel[(cut.num, triton.cdiv(num_tokens, cut.bm))](
+            x, work.gate_parts, work.logits, work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=padded,
+            SLICE=width // cut.num, BM=cut.bm, BK=32, STAGES=3 if target.shared_bytes > 200 * 1024 else 1, PDL=pdl,
+            num_warps=cut.warps, **options,
+        )  # fmt: skip
     few = num_tokens <= MAX_FEW_TOKENS
     _select_kernel[(num_tokens,)](
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
         work.counts, work.lists, work.units, h.data, h.scale, num_tokens, work.lists.shape[1], WIDTH=width,
         GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts, EXPERTS_PADDED=padded, TOP_K=top_k,
         CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num, SLICES_PADDED=triton.next_power_of_2(cut.num),
-        UNIT=unit_tokens(num_tokens), UNIFORM=uniform, COPY=copy, LISTS=0 if num_tokens == 1 else 1 if few else 2,
-        A8=h.scale is not None, PDL=pdl, num_warps=4, **options,
+        UNIT=unit_tokens(num_tokens), UNIFORM=uniform, NORM=fused, COPY=copy,
+        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
     if not few:
         _units_kernel[(1,)](

@@ -134,33 +134,31 @@ def factors(s_at, rows, SLOT_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.cons
 
 @triton.jit
 def add_step(
-    total, w_at, s_at, g_at, a_at, shares_at, step, n, k, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr,
+    total, numbers, high, shares, w_at, s_at, g_at, step, n, k, SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr,
     SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr, HALVES: tl.constexpr,
     A8: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """total plus the product of the weight's and the activation's columns from `step` on, whatever the format.
+    """total plus the product of the weight's columns from `step` on and the activation's, whatever the format.
 
-    total is [weight rows, tokens] where WEIGHTS_FIRST, else [tokens, weight rows]; a_at points to [columns, tokens] or
-    [tokens, columns], w_at always to [weight rows, columns]. HALVES: rows alternate 8 by 8 between two scales.
-    shares_at: the tokens' scales [tokens], where A8.
+    total is [weight rows, tokens] where WEIGHTS_FIRST, else [tokens, weight rows]; numbers (and `high`, the upper half
+    of the step's columns, 4-bit) are [columns, tokens] or [tokens, columns]; w_at points to [weight rows, columns].
+    HALVES: rows alternate 8 by 8 between two scales. shares: the tokens' scales [tokens] for this step, where A8.
     """
     if GROUP > 0:
         packed = tl.load(w_at + (step // SLOT_K) * SLOT_BYTES + step % SLOT_K * 8, eviction_policy="evict_first")
-        low = nibble_values(packed & 15, group_scales(g_at, step, k, SLOT_K, SLOT_BYTES, GROUP, INT4), INT4)
-        high = nibble_values(packed >> 4, group_scales(g_at, step, k + 64, SLOT_K, SLOT_BYTES, GROUP, INT4), INT4)
+        low_weights = nibble_values(packed & 15, group_scales(g_at, step, k, SLOT_K, SLOT_BYTES, GROUP, INT4), INT4)
+        scales = group_scales(g_at, step, k + 64, SLOT_K, SLOT_BYTES, GROUP, INT4)
+        high_weights = nibble_values(packed >> 4, scales, INT4)
         if WEIGHTS_FIRST:
-            total = tl.dot(low, tl.load(a_at + step), total)
-            total = tl.dot(high, tl.load(a_at + step + 64), total)
+            total = tl.dot(high_weights, high, tl.dot(low_weights, numbers, total))
         else:
-            total = tl.dot(tl.load(a_at + step), low.T, total)
-            total = tl.dot(tl.load(a_at + step + 64), high.T, total)
+            total = tl.dot(high, high_weights.T, tl.dot(numbers, low_weights.T, total))
     else:
         at = w_at + slot_place(step, SLOT_K, SLOT_BYTES // SIZE)
         if WEIGHTS_FIRST:
             weights = tl.load(at, eviction_policy="evict_first")  # read once: leaves the cache to the activations
         else:
             weights = tl.load(at)
-        numbers = tl.load(a_at + step)
         if SCALE_K == 0:
             total = tl.dot(weights, numbers, total) if WEIGHTS_FIRST else tl.dot(numbers, weights.T, total)
         else:
@@ -172,7 +170,6 @@ def add_step(
             if HALVES:
                 scales = tl.where(n % 16 < 8, scale, tl.load(scale_at + 1))
                 if A8:
-                    shares = tl.load(shares_at + step // 128)
                     if WEIGHTS_FIRST:
                         total += product * (shares[None, :] * scales[:, None])
                     else:
@@ -180,18 +177,82 @@ def add_step(
                 else:
                     total += product * (scales[:, None] if WEIGHTS_FIRST else scales[None, :])
             elif A8:
-                shares = tl.load(shares_at + step // 128) * scale
-                total += product * (shares[None, :] if WEIGHTS_FIRST else shares[:, None])
+                both = shares * scale
+                total += product * (both[None, :] if WEIGHTS_FIRST else both[:, None])
             else:
                 total += product * scale
     return total
 
 
 @triton.jit
-def quantised(values, AXIS: tl.constexpr, FP8: tl.constexpr):
-    """Scale [.] of each group of values along AXIS, and the values divided by it, in FP8 (`quant.quantise`)."""
+def few_product(
+    a, a_scales, token, real, w, w_scales, w_groups, first, n, start, stop, K: tl.constexpr, SLOT_K: tl.constexpr,
+    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
+    HALVES: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BN, BM]: rows of a weight times tokens (rows `token` of a; those not `real` are zero and read nothing), over
+    the columns from `start` to `stop`. `first`: slots before the block's first row of tiles."""
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
+    w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
+    s_at = w_scales + first * (SLOT_BYTES // 4)
+    a_at = a + token[None, :] * K + k[:, None]
+    inside = real[None, :] & (k >= 0)[:, None]
+    total = tl.zeros([BN, BM], tl.float32)
+    for step in tl.range(start, stop, BK, num_stages=STAGES):
+        numbers = tl.load(a_at + step, mask=inside, other=0.0)
+        high = tl.load(a_at + step + 64, mask=inside, other=0.0) if GROUP > 0 else numbers
+        shares = tl.load(a_scales + token * (K // 128) + step // 128, mask=real, other=0.0) if A8 else real
+        total = add_step(total, numbers, high, shares, w_at, s_at, g_at, step, n, k, SLOT_K, SLOT_BYTES, SIZE,
+                         SCALE_K, GROUP, INT4, HALVES, A8, True)  # fmt: skip
+    if GROUP > 0:
+        total *= factors(s_at, n, SLOT_K, GROUP, INT4)[:, None]
+    return total
+
+
+@triton.jit
+def many_product(
+    a, a_scales, token, w, w_scales, w_groups, first, n, K: tl.constexpr, SLOT_K: tl.constexpr,
+    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
+    HALVES: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Two times [BM, BN]: tokens (rows `token` of a) times BN rows of a weight, and times the next BN rows.
+
+    Two products share a tile of the activation: what a multiprocessor loads a multiplication falls by a quarter, and
+    only one product at a time waits in registers to be scaled.
+    """
+    k = tl.arange(0, BK // 2 if GROUP > 0 else BK)
+    NEXT: tl.constexpr = BN // 16 * (K // SLOT_K) * SLOT_BYTES  # bytes from one row's numbers to its twin's
+    w_at, g_at = weight_places(w, w_groups, first, n, k, K, SLOT_K, SLOT_BYTES, SIZE, GROUP, INT4)
+    s_at = w_scales + first * (SLOT_BYTES // 4)
+    v_at, r_at, h_at = w_at + NEXT // SIZE, s_at + NEXT // 4, g_at + NEXT // (2 if INT4 else 1)
+    a_at = a + token[:, None] * K + k[None, :]
+    left = tl.zeros([BM, BN], tl.float32)
+    right = tl.zeros([BM, BN], tl.float32)
+    for step in tl.range(0, K, BK, num_stages=STAGES):
+        numbers = tl.load(a_at + step)
+        high = tl.load(a_at + step + 64) if GROUP > 0 else numbers
+        shares = tl.load(a_scales + token * (K // 128) + step // 128) if A8 else token
+        left = add_step(left, numbers, high, shares, w_at, s_at, g_at, step, n, k, SLOT_K, SLOT_BYTES, SIZE, SCALE_K,
+                        GROUP, INT4, HALVES, A8, False)  # fmt: skip
+        right = add_step(right, numbers, high, shares, v_at, r_at, h_at, step, n, k, SLOT_K, SLOT_BYTES, SIZE,
+                         SCALE_K, GROUP, INT4, HALVES, A8, False)  # fmt: skip
+    if GROUP > 0:
+        left *= factors(s_at, n, SLOT_K, GROUP, INT4)[None, :]
+        right *= factors(r_at, n, SLOT_K, GROUP, INT4)[None, :]
+    return left, right
+
+
+@triton.jit
+def fp8_scale(largest, FP8: tl.constexpr):
+    """Scale of numbers whose largest magnitude is given (`quant.quantise`)."""
     LARGEST: tl.constexpr = 240.0 if tl.float8e4b8 == FP8 else 448.0
-    scale = tl.maximum(tl.max(tl.abs(values), AXIS), 1e-10) / LARGEST
+    return tl.maximum(largest, 1e-10) / LARGEST
+
+
+@triton.jit
+def quantised(values, AXIS: tl.constexpr, FP8: tl.constexpr):
+    """Scale [.] of each group of values along AXIS, and the values divided by it, in FP8."""
+    scale = fp8_scale(tl.max(tl.abs(values), AXIS), FP8)
     return scale, (values / tl.expand_dims(scale, AXIS)).to(FP8)
 
 

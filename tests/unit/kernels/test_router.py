@@ -33,6 +33,7 @@ def test_in_the_interpreter() -> None:
 def test_route(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(size)
     monkeypatch.setattr(router, "MAX_FEW_TOKENS", 40)
+    monkeypatch.setattr(router, "MAX_FUSED_TOKENS", 30)
     x, parts = torch.randn(size, WIDTH), torch.randn(2, size, WIDTH)
     weight, gate, bias = torch.rand(WIDTH) + 0.5, torch.randn(WIDTH, EXPERTS) * 0.1, torch.randn(EXPERTS) * 0.1
     positions = torch.arange(size, dtype=torch.int32)
