@@ -102,7 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
         require(finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "between 0 and 2")
         require(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        require(-1 <= self.top_k < 2**31, "top_k", "a positive 32-bit integer, or 0 or -1 to switch it off")
+        require(-1 <= self.top_k < 2**31, "top_k", "a positive integer below 2**31, or 0 or -1 to switch it off")
         require(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         require(finite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "above 0")
         for field in ("presence_penalty", "frequency_penalty"):
