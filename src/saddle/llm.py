@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from saddle import launch
-from saddle.config import CacheConfig, Dtype, EngineConfig, LoadConfig, LoadFormat, SchedulerConfig, ServerConfig
+from saddle.config import (
+    CacheConfig,
+    CompileConfig,
+    Dtype,
+    EngineConfig,
+    KVCacheDtype,
+    LoadConfig,
+    LoadFormat,
+    SchedulerConfig,
+    ServerConfig,
+)
 from saddle.errors import ContextTooLong, EngineError, InvalidRequest
 from saddle.model.source import resolve_model
 from saddle.parsing.conversation import normalise
@@ -101,7 +111,10 @@ class LLM:
         block_size: int | None = None,
         gpu_memory_utilization: float = 0.92,
         kv_cache_memory_bytes: int | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
         enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        compilation_config: Mapping[str, Any] | None = None,
     ) -> None:
         from saddle.server.defaults import sampling_defaults
 
@@ -109,10 +122,11 @@ class LLM:
             load=LoadConfig(model=model or str(launch.demo_model_path()), tokenizer=tokenizer, revision=revision,
                             dtype=dtype, load_format=load_format, seed=seed, hf_overrides=dict(hf_overrides or {})),
             cache=CacheConfig(block_size=block_size, gpu_memory_utilization=gpu_memory_utilization,
-                              kv_cache_memory_bytes=kv_cache_memory_bytes,
+                              kv_cache_memory_bytes=kv_cache_memory_bytes, kv_cache_dtype=kv_cache_dtype,
                               enable_prefix_caching=enable_prefix_caching),
             scheduler=SchedulerConfig(max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                                       max_num_batched_tokens=max_num_batched_tokens),
+            compile=CompileConfig(enforce_eager=enforce_eager, compilation_config=dict(compilation_config or {})),
         )  # fmt: skip
         folder = resolve_model(config.load.model, revision)
         self._tokenizer = Tokenizer.load(resolve_model(tokenizer) if tokenizer else folder)

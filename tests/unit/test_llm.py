@@ -9,7 +9,7 @@ import pytest
 
 import saddle
 from saddle import LLM, SamplingParams
-from saddle.errors import ContextTooLong, InvalidRequest
+from saddle.errors import ContextTooLong, InvalidRequest, StartupError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=300)
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -106,3 +106,10 @@ def test_bad_input_names_the_field_and_harms_nobody(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY])
     [answer] = llm.chat(user("What is 2 + 2?"), GREEDY)
     assert answer.outputs[0].text.strip() == "2 + 2 = 4"
+
+
+def test_values_for_a_gpu_are_checked_like_flags() -> None:
+    with pytest.raises(StartupError, match="--kv-cache-dtype must be one of auto, bfloat16"):
+        LLM(kv_cache_dtype="fp7")  # type: ignore[arg-type]
+    with pytest.raises(StartupError, match="--compilation-config mode must be 0"):
+        LLM(compilation_config={"mode": 9})
