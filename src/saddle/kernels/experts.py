@@ -23,8 +23,8 @@ from saddle.kernels.tile_dot import (
     Block,
     begin,
     check_activation,
+    choose,
     few_product,
-    fit,
     fp8_scale,
     launch_options,
     many_product,
@@ -246,16 +246,16 @@ def _down_many_kernel(
 
 def up_block(num_tokens: int, w13: PackedMatrix, target: Target) -> Block:
     """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
-    if num_tokens > MAX_FEW_TOKENS:
-        return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w13, target)
-    return fit(Block(256, FEW_UNIT_TOKENS, 64, 8, 8), w13, target)
+    many = num_tokens > MAX_FEW_TOKENS
+    block = Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else Block(256, FEW_UNIT_TOKENS, 64, 8, 8)
+    return choose("up", num_tokens, w13, target, block)
 
 
 def down_block(num_tokens: int, w2: PackedMatrix, target: Target) -> Block:
     """Tiles of `down`."""
-    if num_tokens > MAX_FEW_TOKENS:
-        return fit(Block(256, MANY_UNIT_TOKENS, 128, 4, 8), w2, target)
-    return fit(Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8), w2, target)
+    many = num_tokens > MAX_FEW_TOKENS
+    few = Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8)
+    return choose("down", num_tokens, w2, target, Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else few)
 
 
 def pair_dtype(num_tokens: int) -> torch.dtype:

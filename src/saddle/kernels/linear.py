@@ -19,9 +19,10 @@ from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
     Block,
     begin,
+    bucket,
     check_activation,
+    choose,
     few_product,
-    fit,
     launch_options,
     many_product,
     matrix_constants,
@@ -94,23 +95,23 @@ def _many_kernel(
 
 
 def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
-    """Tiles for up to `MAX_FEW_TOKENS` tokens, found on an H100 (the prototype's search)."""
-    bm = max(16, triton.next_power_of_2(num_tokens))
+    """Tiles for up to `MAX_FEW_TOKENS` tokens, found on an H100."""
+    bm = max(16, bucket(num_tokens))
     if isinstance(w.format, Bf16Tiles):
         block = Block(128, bm, 128, 3, 8) if num_tokens > 8 else Block(64, bm, 128, 4, 4)
     elif w.num_rows >= 64 * target.num_sms // 2:
         block = Block(32 if num_tokens <= 16 else 64, bm, 128, 5, 4)
     else:
         block = Block(64, bm, 128, 5 if num_tokens < 128 else 3, 4)
-    return fit(block, w, target)
+    return choose("few", num_tokens, w, target, block)
 
 
 def many_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
-    """Tiles for more tokens."""
+    """Tiles for more tokens; a program's rows of the weight are two products."""
     block = Block(256, 128 if num_tokens > 256 else 64, 128, 4, 8)
     if not takes_fp8(w, target):
         block = Block(128, 128, 64, 4, 8)
-    return fit(block, w, target)
+    return choose("many", num_tokens, w, target, block)
 
 
 def split_k(num_tokens: int, w: PackedMatrix, target: Target) -> int:
@@ -139,25 +140,24 @@ def linear(a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pd
     if num_tokens == 0:
         return
     check_activation(a, w, target)
-    constants = {"N": w.num_rows, **matrix_constants(w)}
-    a8 = a.scale is not None
-    weights = weight_tensors(w, a8)
-    if num_tokens <= MAX_FEW_TOKENS:
-        block = few_block(num_tokens, w, target)
-        parts = 1 if out.dim() == 2 else out.shape[0]
-        _few_kernel[(w.num_rows // block.bn, parts)](
-            a.data, a.scale if a8 else a.data, *weights, out, num_tokens, **constants, A8=a8, BN=block.bn, BM=block.bm,
-            BK=block.bk, SPLIT=parts, STAGES=block.stages, PDL=pdl, **launch_options(block, pdl),
-        )  # fmt: skip
-        return
-    if out.dim() == 3 and out.shape[0] != 1:
+    if num_tokens > MAX_FEW_TOKENS and out.dim() == 3 and out.shape[0] != 1:
         raise ValueError(f"{num_tokens} tokens are not split along k, got out {list(out.shape)}.")
-    block = many_block(num_tokens, w, target)
-    grid = (triton.cdiv(num_tokens, block.bm) * (w.num_rows // block.bn),)
-    _many_kernel[grid](
-        a.data, a.scale if a8 else a.data, *weights, out, num_tokens, **constants, A8=a8, BN=block.bn, BM=block.bm,
-        BK=block.bk, BAND=BAND_BLOCKS, STAGES=block.stages, PDL=pdl, **launch_options(block, pdl),
-    )  # fmt: skip
+    few = num_tokens <= MAX_FEW_TOKENS
+    launch(a, w, out, few_block(num_tokens, w, target) if few else many_block(num_tokens, w, target), pdl)
+
+
+def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl: int) -> None:
+    """`linear` with given tiles."""
+    num_tokens, a8 = a.data.shape[0], a.scale is not None
+    tensors = (a.data, a.scale if a8 else a.data, *weight_tensors(w, a8), out)
+    constants = {"N": w.num_rows, **matrix_constants(w), "A8": a8, "BN": block.bn, "BM": block.bm, "BK": block.bk,
+                 "STAGES": block.stages, "PDL": pdl, **launch_options(block, pdl)}  # fmt: skip
+    if num_tokens <= MAX_FEW_TOKENS:
+        parts = 1 if out.dim() == 2 else out.shape[0]
+        _few_kernel[(w.num_rows // block.bn, parts)](*tensors, num_tokens, SPLIT=parts, **constants)
+    else:
+        grid = (triton.cdiv(num_tokens, block.bm) * (w.num_rows // block.bn),)
+        _many_kernel[grid](*tensors, num_tokens, BAND=BAND_BLOCKS, **constants)
 
 
 def lm_head(h: torch.Tensor, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0) -> None:

@@ -5,7 +5,8 @@ Every field is a fact of the device or of its family; the decisions derived from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,12 +48,14 @@ class Target:
     arch            "sm_90", "gfx942", ...
     num_sms         multiprocessors (compute units)
     shared_bytes    shared memory that one block may use
+    blocks          measured tiles by `tile_dot.block_key`, where this card was tuned (`tuning`)
     """
 
     name: str
     arch: str
     num_sms: int
     shared_bytes: int
+    blocks: Mapping[str, tuple[int, int, int, int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_cuda(self) -> bool:

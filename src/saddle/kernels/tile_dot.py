@@ -301,6 +301,22 @@ def check_activation(a: Activation, w: PackedMatrix, target: Target) -> None:
         raise ValueError(f"A weight of {w.num_cols} columns takes as many, got {list(a.data.shape)}.")
 
 
+def bucket(num_tokens: int) -> int:
+    """The number of tokens that tiles are chosen for: the next power of two, at most 8,192."""
+    return min(8192, 1 << max(0, num_tokens - 1).bit_length())
+
+
+def block_key(kernel: str, num_tokens: int, w: PackedMatrix) -> str:
+    """Name of a choice of tiles."""
+    return f"{kernel} {bucket(num_tokens)} {w.num_rows}x{w.num_cols} {w.format}"
+
+
+def choose(kernel: str, num_tokens: int, w: PackedMatrix, target: Target, default: Block) -> Block:
+    """The measured tiles of this card, else the default ones, such that they fit."""
+    measured = target.blocks.get(block_key(kernel, num_tokens, w)) if target.blocks else None
+    return fit(default if measured is None else Block(*measured), w, target)
+
+
 def fit(block: Block, w: PackedMatrix, target: Target) -> Block:
     """A block that the matrix and the shared memory allow: a step of k lies in one slot and under one scale."""
     bn, bk = block.bn, block.bk
@@ -317,6 +333,8 @@ def fit(block: Block, w: PackedMatrix, target: Target) -> Block:
     while room // (bk * column) < min(3, block.stages) and bk > 64 and not isinstance(w.format, NibbleTiles):
         bk //= 2
     stages = min(block.stages, max(1, int(room // (bk * column))))
+    if isinstance(w.format, NibbleTiles):
+        stages = min(stages, 3)  # widened numbers lie in shared memory too
     if not target.is_cuda:
         # No asynchronous copies that many turns could have in flight; widened 4-bit numbers take the room of two.
         stages = min(stages, 1 if isinstance(w.format, NibbleTiles) else 2)
