@@ -26,7 +26,7 @@ from saddle.server import constraints, openai, openai_text
 from saddle.server.job import Facts, Job, TokenPrompt
 from saddle.server.openai_parts import TokenNames
 from saddle.server.responses_items import READ_ITEMS
-from saddle.server.sampling import SAMPLING_FIELDS, answer_grammar, sampling_params
+from saddle.server.sampling import answer_grammar, sampling_params
 from saddle.server.wire_anthropic import MessagesBody
 from saddle.server.wire_openai import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody
 from saddle.server.wire_responses import ResponsesBody
@@ -37,7 +37,6 @@ from tests.unit.server.test_anthropic_blocks import accumulated
 
 FUZZ = settings(max_examples=150, deadline=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])  # fmt: skip
-VOCAB = 1024
 # What the scripted model answers to everything.
 PIECES = ("I look", ".\n", "</think>", "\n\nSo", ": ", '<minimax:tool_call>\n<invoke name="ls">\n<parameter name="p">/',
           "x y", "</parameter>\n</invoke>\n</minimax:tool_call>")  # fmt: skip
@@ -131,8 +130,9 @@ def whole_chat(body: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 texts = st.text(max_size=6) | st.sampled_from(["", "<think>", "</think>", "]~b]ai", "\ud83d\ude00", "a b"])
 SCHEMA = {"type": "object", "properties": {"p": {"type": "string"}, "n": {"type": "integer"}}, "required": ["p"]}
-SCHEMAS = st.sampled_from([SCHEMA, {"type": "object"}, {"enum": [1, "a"]}, {"type": "string", "pattern": "^a+$"},
-                           {"not": {}}, {"$ref": "#"}])  # fmt: skip
+CLOSED = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "additionalProperties": False}
+SCHEMAS = st.sampled_from([SCHEMA, CLOSED, {"enum": [1, "a"]}, {"type": "string", "pattern": "^a+$"}, {"not": {}},
+                           {"$ref": "#"}])  # fmt: skip
 part_lists = st.lists(st.builds(lambda text: {"type": "text", "text": text}, texts), max_size=2)
 call = st.builds(lambda i, name, a: {"id": i, "type": "function", "function": {"name": name, "arguments": a}},
                  st.sampled_from(["a", "b"]), st.sampled_from(["ls", "cp"]),
@@ -152,7 +152,8 @@ chat_turns = st.lists((user | system | assistant).map(lambda one: [one]) | loop,
 )
 functions = st.permutations(["ls", "cp"]).flatmap(lambda names: st.tuples(*(
     st.fixed_dictionaries({"name": mostly(st.just(name))}, optional={
-        "description": mostly(texts), "parameters": mostly(SCHEMAS), "strict": mostly(st.booleans())})
+        "description": mostly(texts), "parameters": mostly(st.sampled_from([SCHEMA, CLOSED]), SCHEMAS),
+        "strict": mostly(st.sampled_from([False, None, True]))})
     for name in names)).map(list))  # fmt: skip
 tools = functions.map(lambda found: [{"type": "function", "function": function} for function in found])
 choices = mostly(st.sampled_from(["none", "auto", "required", {"type": "function", "function": {"name": "ls"}},
@@ -201,7 +202,8 @@ chat_bodies = merged(
 )  # fmt: skip
 prompts = texts | st.lists(texts, min_size=1, max_size=2) | st.lists(ids, min_size=1) | st.just([[1], [2, 3]])
 text_bodies = merged(
-    few({**sampling, "logprobs": st.integers(0, 2)}), st.fixed_dictionaries({"prompt": mostly(prompts)})
+    few({**sampling, "logprobs": st.integers(0, 2)}, most=3),
+    st.fixed_dictionaries({"prompt": mostly(prompts)}, optional={"echo": st.booleans()}),
 )
 
 
@@ -338,7 +340,8 @@ def test_any_response_body(port: int, body: dict[str, Any]) -> None:
     assert (last["status"], last["usage"]) == (answer["status"], answer["usage"])
     if answer["status"] == "completed":
         results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "r"}
-                   for item in answer["output"] if item["type"] == "function_call"]  # fmt: skip
+                   for item in answer["output"]
+                   if item["type"] == "function_call" and item["status"] == "completed"]  # fmt: skip
         conversation = [*answer["output"], *results, {"role": "user", "content": "on"}]
         status, text = ask(port, "/v1/responses", {"input": conversation})
         assert status == 200, text
@@ -373,17 +376,25 @@ def test_any_body_to_be_tokenized(port: int, body: dict[str, Any]) -> None:
 
 
 @FUZZ
-@given(body=st.fixed_dictionaries({}, optional={"tokens": mostly(st.lists(mostly(st.integers(0, VOCAB)))),
-                                                "model": mostly(st.just("alias"))}))  # fmt: skip
-def test_any_ids_to_be_text(port: int, body: dict[str, Any]) -> None:
+@given(body=st.fixed_dictionaries({"tokens": mostly(st.lists(mostly(st.integers(0, 600))))},
+                                  optional={"model": mostly(st.just("alias"))}))  # fmt: skip
+def test_any_ids_to_be_text(port: int, tokenizer: Tokenizer, body: dict[str, Any]) -> None:
     status, text = ask(port, "/detokenize", body)
     if status != 200:
         check_refusal(status, text, DetokenizeBody)
         return
-    assert isinstance(json.loads(text)["prompt"], str)
+    assert max(body["tokens"], default=0) < tokenizer.vocab_size
+    raw = b"".join(tokenizer.raw(token_id) for token_id in body["tokens"])
+    assert json.loads(text)["prompt"] == raw.decode(errors="replace")
 
 
 # the functions behind them --------------------------------------------------------------------------------------
+
+
+PASSED_ON = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_tokens", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n", "prompt_logprobs",
+)  # fmt: skip
 
 
 @FUZZ
@@ -394,7 +405,7 @@ def test_any_sampling_fields(facts: Facts, body: dict[str, Any], defaults: dict[
         parsed = SamplingBody.model_validate_json(json.dumps(body))
     except ValidationError:
         return
-    known = {key: value for key, value in defaults.items() if type(value) in (int, float) and key in SAMPLING_FIELDS}
+    known = {key: value for key, value in defaults.items() if type(value) in (int, float) and key in PASSED_ON}
     server = Facts(model_names=facts.model_names, max_model_len=512, vocab_size=facts.vocab_size, defaults=known,
                    config=facts.config, tokenizer=facts.tokenizer)  # fmt: skip
     try:
@@ -404,7 +415,7 @@ def test_any_sampling_fields(facts: Facts, body: dict[str, Any], defaults: dict[
         assert error.param.split(".")[0] in error.message
         return
     neutral = SamplingParams()
-    for name in SAMPLING_FIELDS:
+    for name in PASSED_ON:
         given_value = getattr(parsed, name)
         expected = given_value if given_value is not None else known.get(name, getattr(neutral, name))
         assert getattr(params, name) == expected, name
@@ -412,20 +423,23 @@ def test_any_sampling_fields(facts: Facts, body: dict[str, Any], defaults: dict[
     assert all(params.bad_words_ids) and 0 <= params.temperature <= 2 and 0 < params.top_p <= 1
 
 
+wishes = (
+    st.just({}) | formats.map(lambda one: {"response_format": one})
+    | structured.map(lambda one: {"structured_outputs": one})
+    | st.tuples(formats, structured).map(lambda both: {"response_format": both[0], "structured_outputs": both[1]})
+)  # fmt: skip
+
+
 @FUZZ
-@given(offered=st.none() | mostly(tools), choice=st.none() | choices, form=st.none() | formats,
-       given_outputs=st.none() | structured, parallel=st.booleans())  # fmt: skip
-def test_any_constraint(
-    facts: Facts, offered: Any, choice: Any, form: Any, given_outputs: Any, parallel: bool
-) -> None:
+@given(offered=mostly(tools) | st.none(), choice=choices | st.none(), wish=wishes, parallel=mostly(st.just(True)))
+def test_any_constraint(facts: Facts, offered: Any, choice: Any, wish: dict[str, Any], parallel: bool) -> None:
     """What must be called or must match ends in a grammar, or in a refusal that says which field cannot be."""
-    body = {"messages": [{"role": "user", "content": "x"}], "tools": offered, "tool_choice": choice,
-            "response_format": form, "structured_outputs": given_outputs}  # fmt: skip
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": offered, "tool_choice": choice, **wish}
     try:
         parsed = ChatBody.model_validate_json(json.dumps(body))
         wanted = constraints.chosen(parsed.tool_choice, parsed.tools)
-        answer = answer_grammar(parsed)
-        grammar = constraints.combined(answer, parsed.tools, wanted, facts.tokenizer, parallel=parallel)
+        answer, calls = answer_grammar(parsed), bool(parsed.tools) and wanted.kind != "none"
+        grammar = constraints.combined(answer, parsed.tools, wanted, facts.tokenizer, parallel=parallel is True)
     except ValidationError:
         return
     except InvalidRequest as error:
@@ -435,6 +449,10 @@ def test_any_constraint(
         return
     if wanted.must_call or answer is not None:
         assert isinstance(grammar, GrammarSpec), "it is enforced"
+    if wanted.must_call:
+        assert grammar is not None and grammar.kind == "tools" and '"type": "triggered_tags"' not in grammar.source
+    if answer is not None and not wanted.must_call:
+        assert grammar is not None and grammar.kind == ("answer_or_tools" if calls else answer.kind)
     if grammar is not None:
         bound = constraints.bound_behind(grammar, 3, 5)
         assert bound is not None and (bound.after_token_id, bound.max_thinking_tokens) == (5, 3)
@@ -453,6 +471,8 @@ def answers(draw: st.DrawFn) -> list[list[Event]]:
     usage = Usage(num_prompt_tokens=3, num_completion_tokens=9, num_cached_tokens=2)
     last = Done(draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH])), usage, draw(st.none() | st.just("x")))
     cut = draw(st.integers(0, len(batches)))
+    if draw(st.booleans()):  # a slow reader gets them at once
+        batches, cut = [[one for batch in batches[:cut] for one in batch]], 1
     return [*batches[:cut], [*draw(st.just([]) | st.just([Tokens([1], [TokenLogprobs(1, 0.0, 1, [])])])), last]]
 
 
