@@ -177,47 +177,46 @@ def _top_k(scores, keys, expert, choice, TOP_K: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["num_tokens", "layer", "capacity"])
-def _select_kernel(
-    x, x_out, logits, squares, weight, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, h,
-    h_scales, num_tokens, capacity, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
-    EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SLICES: tl.constexpr,
-    SLICES_PADDED: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, NORM: tl.constexpr, COPY: tl.constexpr,
-    LISTS: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _inverse_rms(
+    squares, token, num_tokens, eps, WIDTH: tl.constexpr, SLICES: tl.constexpr, SLICES_PADDED: tl.constexpr
 ):  # fmt: skip
-    """One token. LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists. NORM: h too, and x if COPY."""
-    token = tl.program_id(0)
-    group = tl.arange(0, GROUPS)
+    """1 / rms of a token from the sums of squares of its slices."""
+    part = tl.arange(0, SLICES_PADDED)
+    square = tl.load(squares + part * num_tokens + token, mask=part < SLICES, other=0.0)
+    return tl.rsqrt(tl.sum(square, 0) / WIDTH + eps)
+
+
+@triton.jit
+def _choose(
+    logits, squares, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, token, num_tokens,
+    capacity, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr, SLICES: tl.constexpr, SLICES_PADDED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    UNIFORM: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Ids, weights and lists of one token."""
     expert = tl.arange(0, EXPERTS_PADDED)
     choice = tl.arange(0, CHOICES)
     real = expert < EXPERTS
     picked = choice < TOP_K
-    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = (group < WIDTH // 128)[:, None] & (column >= 0)
-    if NORM:
-        gain = tl.load(weight + column, mask=inside, other=0.0)
     offset = tl.load(bias + expert, mask=real, other=0.0)
     begin(PDL)
     position = tl.load(positions + token)
-    at = token.to(tl.int64) * WIDTH + column
-    if NORM:
-        values = tl.load(x_out + at, mask=inside, other=0.0)
-    part = tl.arange(0, SLICES_PADDED)
-    square = tl.sum(tl.load(squares + part * num_tokens + token, mask=part < SLICES, other=0.0), 0)
-    inverse = tl.rsqrt(square / WIDTH + eps)
-    found = tl.zeros([EXPERTS_PADDED], tl.float32)
-    for j in tl.range(0, SLICES, loop_unroll_factor=8 if SLICES % 8 == 0 else 1):
-        found += tl.load(logits + (j * num_tokens + token) * EXPERTS + expert, mask=real, other=0.0)
+    inverse = _inverse_rms(squares, token, num_tokens, eps, WIDTH, SLICES, SLICES_PADDED)
+    # Several rows at a time and every turn unrolled: all loads are under way before the first sum.
+    row = tl.arange(0, ROWS)[:, None]
+    shares = tl.zeros([ROWS, EXPERTS_PADDED], tl.float32)
+    for j in tl.static_range(0, SLICES_PADDED, ROWS):
+        at = logits + ((j + row) * num_tokens + token) * EXPERTS + expert[None, :]
+        shares += tl.load(at, mask=(j + row < SLICES) & real[None, :], other=0.0)
+    found = tl.sum(shares, 0)
     release(PDL)
     scores = tl.sigmoid(found * inverse)
     if UNIFORM:
         chosen = _uniform_ids(position, tl.load(token_ids + token), layer, choice, EXPERTS)
     else:
         chosen = _top_k(scores, tl.where(real, scores + offset, float("-inf")), expert, choice, TOP_K)
-    share = tl.where(picked, tl.gather(scores, chosen, 0), 0.0)
     pair = token * TOP_K + choice
-    tl.store(weights + pair, share / tl.sum(share, 0), mask=picked)
-    tl.store(ids + pair, tl.where(position >= 0, chosen, -1), mask=picked)
     if LISTS > 0:
         listed = picked & (choice * 0 + position >= 0)
         place = tl.atomic_add(counts + chosen, 1, mask=listed, sem="relaxed")
@@ -226,16 +225,54 @@ def _select_kernel(
             first = listed & (place % UNIT == 0)
             unit = tl.atomic_add(counts + EXPERTS + choice * 0, 1, mask=first, sem="relaxed")
             tl.store(units + unit, chosen | (place // UNIT << 16), mask=first)
-    if NORM:
-        normed = values * inverse * gain
-        if A8:
-            scale, numbers = quantised(normed, 1, h.dtype.element_ty)
-            tl.store(h + at, numbers, mask=inside)
-            tl.store(h_scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
-        else:
-            tl.store(h + at, normed.to(h.dtype.element_ty), mask=inside)
-        if COPY:
-            tl.store(x + at, values, mask=inside)
+    share = tl.where(picked, tl.gather(scores, chosen, 0), 0.0)
+    tl.store(weights + pair, share / tl.sum(share, 0), mask=picked)
+    tl.store(ids + pair, tl.where(position >= 0, chosen, -1), mask=picked)
+
+
+@triton.jit
+def _norm(
+    x, x_out, squares, weight, eps, h, h_scales, token, num_tokens, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    SLICES: tl.constexpr, SLICES_PADDED: tl.constexpr, COPY: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The experts' input of one token; COPY: also x itself."""
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = (group < WIDTH // 128)[:, None] & (column >= 0)
+    gain = tl.load(weight + column, mask=inside, other=0.0)
+    begin(PDL)
+    at = token.to(tl.int64) * WIDTH + column
+    values = tl.load(x_out + at, mask=inside, other=0.0)
+    normed = values * _inverse_rms(squares, token, num_tokens, eps, WIDTH, SLICES, SLICES_PADDED) * gain
+    release(PDL)
+    if A8:
+        scale, numbers = quantised(normed, 1, h.dtype.element_ty)
+        tl.store(h + at, numbers, mask=inside)
+        tl.store(h_scales + token * (WIDTH // 128) + group, scale, mask=group < WIDTH // 128)
+    else:
+        tl.store(h + at, normed.to(h.dtype.element_ty), mask=inside)
+    if COPY:
+        tl.store(x + at, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "layer", "capacity"])
+def _select_kernel(
+    x, x_out, logits, squares, weight, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, h,
+    h_scales, num_tokens, capacity, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SLICES: tl.constexpr,
+    SLICES_PADDED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, COPY: tl.constexpr,
+    LISTS: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token: program (token, 0) chooses, program (token, 1), if there is one, norms: neither waits for the other.
+    LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists."""
+    token = tl.program_id(0)
+    if tl.program_id(1) == 0:
+        _choose(logits, squares, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, token,
+                num_tokens, capacity, WIDTH, EXPERTS, EXPERTS_PADDED, TOP_K, CHOICES, SLICES, SLICES_PADDED, ROWS,
+                UNIT, UNIFORM, LISTS, PDL)  # fmt: skip
+    else:
+        _norm(x, x_out, squares, weight, eps, h, h_scales, token, num_tokens, WIDTH, GROUPS, SLICES, SLICES_PADDED,
+              COPY, A8, PDL)  # fmt: skip
 
 
 @triton.jit
@@ -413,12 +450,14 @@ def route(
             num_warps=cut.warps, **options,
         )  # fmt: skip
     few = num_tokens <= MAX_FEW_TOKENS
-    _select_kernel[(num_tokens,)](
+    slices = triton.next_power_of_2(cut.num)
+    _select_kernel[(num_tokens, 2 if fused else 1)](
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
-        work.counts, work.lists, work.units, h.data, h.scale, num_tokens, work.lists.shape[1], WIDTH=width,
+        work.counts, work.lists, work.units, h.data, h.data if h.scale is None else h.scale, num_tokens,
+        work.lists.shape[1], WIDTH=width,
         GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts, EXPERTS_PADDED=padded, TOP_K=top_k,
-        CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num, SLICES_PADDED=triton.next_power_of_2(cut.num),
-        UNIT=unit_tokens(num_tokens), UNIFORM=uniform, NORM=fused, COPY=copy,
+        CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num, SLICES_PADDED=slices,
+        ROWS=min(8, slices), UNIT=unit_tokens(num_tokens), UNIFORM=uniform, COPY=copy,
         LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, num_warps=4, **options,
     )  # fmt: skip
     if not few:
