@@ -20,7 +20,7 @@ from saddle.protocol import MAX_STOP_STRINGS, GrammarSpec, SamplingParams
 from saddle.server.anthropic_blocks import Blocks, Show, content_of
 from saddle.server.anthropic_messages import OfferedTools, Turns, require, to_functions, to_turns
 from saddle.server.anthropic_parts import Signer, ThreadNotFound, stop_reason, usage_body
-from saddle.server.constraints import Choice, check_sampling, combined
+from saddle.server.constraints import Choice, check_sampling, combined, switches_thinking_off
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.replies import encode_json
 from saddle.server.sampling import DEFAULTED_FIELDS
@@ -90,7 +90,7 @@ def to_request(
     asked = to_prompt(body, facts, signer)
     _check_fields(body)
     params = _params(body, facts)
-    max_thinking, show = _thinking(body)
+    max_thinking, show = _thinking(body, switches_thinking_off(asked.prompt.template_kwargs))
     choice, parallel = _choice(body.tool_choice, asked.tools)
     grammar = _grammar(_answer(body), asked.tools, choice, parallel, facts)
     check_sampling(grammar, max_thinking, params)
@@ -147,11 +147,11 @@ def _params(body: MessagesBody, facts: Facts) -> SamplingParams:
     return SamplingParams(**{**values, "max_tokens": max(body.max_tokens, 1), "stop": tuple(body.stop_sequences or ())})
 
 
-def _thinking(body: MessagesBody) -> tuple[int | None, Show]:
-    """(most tokens of thinking, how it is shown)."""
+def _thinking(body: MessagesBody, is_off: bool) -> tuple[int | None, Show]:
+    """(most tokens of thinking, how it is shown); `is_off` is what the server does where nothing is asked for."""
     asked = body.thinking
     if asked is None:
-        return None, "shown"
+        return (0 if is_off else None), "shown"
     kind = asked.get("type") if isinstance(asked, dict) else None
     require(kind in ("adaptive", "enabled", "disabled"), "thinking.type", "adaptive, enabled or disabled", kind)
     display = asked.get("display")

@@ -73,6 +73,11 @@ def combined(
     return spec.tool_grammar(tools, "auto", tokenizer, parallel=parallel, param=param)
 
 
+def switches_thinking_off(template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether `enable_thinking`, the switch of other models' templates, is false. M2's template does not know it."""
+    return template_kwargs.get("enable_thinking") is False
+
+
 def bound_behind(grammar: GrammarSpec | None, max_thinking_tokens: int | None, end_think_id: int) -> GrammarSpec | None:
     """The grammar of a prompt that ends inside a thinking block."""
     if grammar is None:

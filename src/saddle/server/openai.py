@@ -1,7 +1,8 @@
 """OpenAI's chat completions: the body becomes a job, the events of the job become chunks or one answer.
 
 Reasoning goes out as `reasoning` and `reasoning_content` (`--reasoning-field` picks one). Of `reasoning_effort` only
-"none" changes anything, it ends the thinking at once: nothing in M2's prompt sets how much it thinks.
+"none" changes anything, it ends the thinking at once, as `enable_thinking: false` among the `chat_template_kwargs`
+does: nothing in M2's prompt sets how much it thinks.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ def to_request(body: ChatBody, facts: Facts, request_id: str | None = None) -> A
     params = sampling_params(body, facts, max_tokens=max_tokens, logprobs=_num_logprobs(body))
     grammar = combined(answer_grammar(body), body.tools, choice, facts.tokenizer,
                        parallel=body.parallel_tool_calls is not False)  # fmt: skip
-    max_thinking = max_thinking_tokens(body, body.reasoning_effort)
+    template_kwargs = {**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
+    max_thinking = max_thinking_tokens(body, body.reasoning_effort, template_kwargs)
     check_sampling(grammar, max_thinking, params)
     prompt = ChatPrompt(
         messages=body.messages,
         tools=body.tools,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
-        template_kwargs={**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})},
+        template_kwargs=template_kwargs,
     )
     keep_last, keep_first = truncation(body, facts)
     options = body.stream_options

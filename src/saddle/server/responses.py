@@ -16,7 +16,7 @@ from typing import Any
 from saddle.errors import InvalidRequest
 from saddle.grammar import spec
 from saddle.protocol import GrammarSpec, SamplingParams
-from saddle.server.constraints import check_sampling, chosen, combined
+from saddle.server.constraints import check_sampling, chosen, combined, switches_thinking_off
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import now
 from saddle.server.responses_items import Item, Reader, Seal, as_items, in_namespace
@@ -121,12 +121,15 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
     offer = _offer(body.tools or [])
     params = _params(body, facts)
     grammar, muted = _grammar(body, offer, facts)
-    max_thinking = 0 if body.reasoning is not None and body.reasoning.effort == "none" else None
+    template_kwargs = {**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
+    effort = None if body.reasoning is None else body.reasoning.effort
+    thinks_not = effort == "none" or (effort is None and switches_thinking_off(template_kwargs))
+    max_thinking = 0 if thinks_not else None
     check_sampling(grammar, max_thinking, params)
     prompt = ChatPrompt(
         messages=reader.messages,
         tools=offer.functions or None,
-        template_kwargs={**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})},
+        template_kwargs=template_kwargs,
     )
     response_id = f"resp_{key}"
     job = Job(

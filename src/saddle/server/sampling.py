@@ -5,6 +5,7 @@ Order of defaults: the request, then the server's (`generation_config.json` and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from saddle.errors import InvalidRequest
@@ -101,9 +102,16 @@ def answer_grammar(body: SamplingBody) -> GrammarSpec | None:
     return wanted[0] or wanted[1]
 
 
-def max_thinking_tokens(body: SamplingBody, effort: str | None = None) -> int | None:
-    """The limit that `thinking_token_budget` and `reasoning_effort` "none" set; -1 is no limit."""
+def max_thinking_tokens(
+    body: SamplingBody, effort: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> int | None:
+    """The limit that `thinking_token_budget` and `reasoning_effort` "none" set; -1 is no limit.
+
+    Without both, `enable_thinking` among the variables of the template decides.
+    """
     budget = body.thinking_token_budget
+    if budget is None and effort is None and constraints.switches_thinking_off(template_kwargs or {}):
+        return 0
     if budget is not None and budget < -1:
         raise InvalidRequest("thinking_token_budget must be 0 or more, or -1 for no limit.",
                              param="thinking_token_budget")  # fmt: skip
