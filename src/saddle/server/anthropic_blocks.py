@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+import msgspec
 
 from saddle.parsing.events import Done, Event, ReasoningDelta, TextDelta, ToolArgs, ToolEnd, ToolStart
 from saddle.server.anthropic_parts import Signer
@@ -24,20 +26,20 @@ FIELD: dict[Kind, str] = {
 }
 
 
-class Start(NamedTuple):
+class Start(msgspec.Struct, frozen=True):
     """A block begins; `block` is its first, empty state."""
 
     index: int
     block: dict[str, Any]
 
 
-class Delta(NamedTuple):
+class Delta(msgspec.Struct, frozen=True):
     index: int
     kind: Kind
     value: str
 
 
-class Stop(NamedTuple):
+class Stop(msgspec.Struct, frozen=True):
     index: int
 
 
