@@ -247,3 +247,32 @@ def test_one_of_many_is_told_apart_by_a_member() -> None:
     assert len(normalise({"oneOf": branches}, "x")["anyOf"]) == 120
     with pytest.raises(InvalidRequest, match="more than one branch"):
         normalise({"oneOf": [*branches, branches[7]]}, "x")
+
+
+@pytest.mark.parametrize(
+    ("branches", "apart"),
+    [
+        ([{"enum": ["a", 1]}, {"enum": ["b", 2.5]}], True),
+        ([{"enum": ["a", 1]}, {"enum": ["b", 1.0]}], False),
+        ([CAT, DOG], True),
+        ([CAT, POINT], False),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"type": "integer"}, {"type": "string"}], True),
+        ([{**CAT, "required": []}, DOG], False),
+    ],
+)
+def test_branches_that_are_apart(branches: list[Any], apart: bool) -> None:
+    if apart:
+        assert len(normalise({"oneOf": branches}, "x")["anyOf"]) == len(branches)
+        return
+    with pytest.raises(InvalidRequest, match="more than one branch"):
+        normalise({"oneOf": branches}, "x")
+
+
+@pytest.mark.parametrize(("pattern", "fine"), [('[^"]*', True), ('a"b', False), ('[a]"', False), (r'\[["]\]', True)])
+def test_quotes_stand_in_classes_alone(pattern: str, fine: bool) -> None:
+    if fine:
+        assert normalise({"type": "string", "pattern": pattern}, "x")["pattern"] == pattern
+        return
+    with pytest.raises(InvalidRequest, match="cannot spell out quotes"):
+        normalise({"type": "string", "pattern": pattern}, "x")

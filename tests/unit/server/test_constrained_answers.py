@@ -136,6 +136,21 @@ async def test_text_with_its_thinking_keeps_the_empty_line(tokenizer: Tokenizer)
     assert reply["choices"][0]["message"]["content"] == "hm</think>\n\n{}"
 
 
+async def test_only_the_first_empty_line_is_dropped(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, words(tokenizer, "hm</think>\n\na", "\n\nb", "\n\nc")) as server:
+        body = {"messages": HI, "structured_outputs": {"regex": "[abc\\n]+"}}
+        _, reply = await server.post(CHAT, body)
+    assert reply["choices"][0]["message"]["content"] == "a\n\nb\n\nc"
+
+
+async def test_completions_keep_all_their_text(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, words(tokenizer, "\n\nhm", "</think>", "\n\nyes")) as server:
+        body = {"prompt": "Well?<think>", "structured_outputs": {"choice": ["yes"]}}
+        _, reply = await server.post(TEXT, body)
+    assert reply["choices"][0]["text"].startswith("\n\nhm")
+    assert reply["choices"][0]["text"].endswith("\n\nyes")
+
+
 async def test_a_named_tool_finishes_with_stop(tokenizer: Tokenizer) -> None:
     call = '<invoke name="write">\n<parameter name="path">a</parameter>\n</invoke>\n'
     script = words(tokenizer, "</think>\n\n\n", "<minimax:tool_call>\n", call, "</minimax:tool_call>")
