@@ -96,13 +96,14 @@ def _many_kernel(
 
 def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
     """Tiles for up to `MAX_FEW_TOKENS` tokens, found on an H100."""
-    bm = max(16, bucket(num_tokens))
+    size = bucket(num_tokens)
+    bm = max(16, size)
     if isinstance(w.format, Bf16Tiles):
-        block = Block(128, bm, 128, 3, 8) if num_tokens > 8 else Block(64, bm, 128, 4, 4)
+        block = Block(128, bm, 128, 3, 8) if size > 8 else Block(64, bm, 128, 4, 4)
     elif w.num_rows >= 64 * target.num_sms // 2:
-        block = Block(32 if num_tokens <= 16 else 64, bm, 128, 5, 4)
+        block = Block(32 if size <= 16 else 64, bm, 128, 5, 4)
     else:
-        block = Block(64, bm, 128, 5 if num_tokens < 128 else 3, 4)
+        block = Block(64, bm, 128, 5 if size < 128 else 3, 4)
     return choose("few", num_tokens, w, target, block)
 
 
