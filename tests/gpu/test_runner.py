@@ -159,6 +159,20 @@ def test_prompt_logprobs_in_chunks(plans: Plans) -> None:
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=0.05, atol=0.1)
 
 
+def test_nothing_compiles_after_the_start(plans: Plans) -> None:
+    """Prompts of odd lengths beside decoding rows, every kind of sampling, batches of many sizes."""
+    watch = plans.runner.path.compile_watch
+    watch.names.clear()
+    params = [GREEDY, SAMPLED, SamplingParams(logprobs=2, seed=1), SamplingParams(frequency_penalty=0.5),
+              SamplingParams(top_p=0.5), SamplingParams(top_k=300)]  # fmt: skip
+    for row, length in enumerate((3, 17, 33, 64, 65, 129, 250, 311, 500, 1, 2, 16)):
+        admit = plans.admit(row, prompt_of(length, row), params[row % 6], seed=row)
+        plans.step(plans.work(row, length), *(plans.work(other, 1) for other in range(row)), admits=[admit])
+    plans.finish(range(12), 20)
+    plans.release(*range(12))
+    assert watch.names == []
+
+
 def test_a_failed_step_leaves_the_others(plans: Plans) -> None:
     plans.start(0, prompt_of(30, 3))
     before = list(plans.output(0))

@@ -48,6 +48,10 @@ RESERVE_BYTES = 1 << 30
 GRAPH_BYTES = 8 << 20
 
 
+# Rows of decode steps that are run at start where no graphs are captured: kernels choose tiles by such steps.
+EAGER_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A step between its two launches: logits [S, vocab], or hidden states where there are more than fit."""
@@ -108,6 +112,7 @@ class FusedPath:
         self.rows: DeviceRows
         self.model: FusedMiniMaxM2
         self.kv: KVMemory
+        self.kv_blocks: int
         self._batcher: DeviceBatcher
         self._sampler: DeviceSampler
         self._graphs: DecodeGraphs
@@ -141,18 +146,28 @@ class FusedPath:
         self.rows = DeviceRows(info.max_num_seqs, longest, info.block_size, info.vocab_size, self._device)
         self._batcher = DeviceBatcher(self.rows, longest)
         self._sampler = DeviceSampler(self.rows, self._num_valid, self._eos_ids)
+        self.kv_blocks = info.num_blocks
         self._graphs = DecodeGraphs(self._config.compile.capture_sizes(info.max_num_seqs))
 
     # warming up --------------------------------------------------------------------------------------------------
 
     def warm_up(self, num_tokens: int, on_progress: ProgressFn) -> None:
-        """Compile what prompts of every size class and every kind of sampling need, then capture the graphs."""
+        """Compile what every kind of step needs, then capture the graphs.
+
+        Prompts of each size class; everything that sampling offers; a decoding row beside a prompt; decode steps.
+        """
         lengths = [1 << power for power in range(num_tokens.bit_length()) if 1 << power < num_tokens] + [num_tokens]
         params = SamplingParams(top_k=40, top_p=0.95, logprobs=1, presence_penalty=0.1, logit_bias={0: 0.0})
         for number, length in enumerate(lengths):
             on_progress("warming up", number / (2 * len(lengths)), f"a prompt of {length} tokens")
             self._run_prompt(length, params if number == 0 else SamplingParams())
+        self._run_mixed(min(num_tokens, 8))
         self._batcher.pad()
+        if not self._graphs.sizes:  # those that a graph would have
+            for size in EAGER_SIZES:
+                if size <= len(self.rows.epochs):
+                    self._decode(size)
+                    self._sample_plain(size)
         self._graphs.capture(
             self._decode,
             self._sample_plain,
@@ -170,6 +185,17 @@ class FusedPath:
         for count in (length, 1):
             self.sample(self.forward([RowWork(0, 0, count, 0, [], True, length + 1)]), mask)()
         self.rows.epochs[0] = -1
+
+    def _run_mixed(self, length: int) -> None:
+        """A row that decodes beside a prompt."""
+        if len(self.rows.epochs) < 2 or length < 2 or self.kv_blocks < 2:
+            return
+        for row in range(2):
+            self.admit(RowAdmit(row, 0, [0] * length, length, 0, [row], SamplingParams(), 0))
+        self.sample(self.forward([RowWork(0, 0, length, 0, [], True, length)]), None)()
+        self.sample(self.forward([RowWork(0, 0, 1, 0, [], True, length + 1),
+                                  RowWork(1, 0, length, 0, [], True, length)]), None)()  # fmt: skip
+        self.rows.epochs[:2] = [-1, -1]
 
     # steps -------------------------------------------------------------------------------------------------------
 
