@@ -10,6 +10,7 @@ HTTP application by the API process alone. So the port opens in a fraction of a 
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from saddle.parsing.replay import ReplayStore
     from saddle.parsing.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 DEMO_NAME = "saddle-demo"
 PIECE_CACHE_BYTES = 64 << 20
 
@@ -112,14 +114,15 @@ def template_text(chat_template: str | None) -> str | None:
 def build_renderer(tokenizer: Tokenizer, chat_template: str | None, replay: ReplayStore) -> Renderer:
     """The renderer of a checkpoint: its own template, or the one asked for, or Saddle's."""
     from saddle.parsing.render import Renderer
+    from saddle.parsing.tokenizer import CALLS
 
-    return Renderer(
-        tokenizer,
-        template_text(chat_template) or tokenizer.chat_template,
-        tokenizer.model_identity,
-        replay,
-        PIECE_CACHE_BYTES,
-    )
+    template = template_text(chat_template) or tokenizer.chat_template
+    if template is not None and CALLS not in template:
+        whose = "--chat-template" if chat_template else "the checkpoint"
+        logger.warning("The chat template of %s never writes %s: it is not one of MiniMax-M2, whose calls are read "
+                       "between these tags alone, and a model that is shown another format may not call tools at all. "
+                       "Without --chat-template the checkpoint's own is used.", whose, CALLS)  # fmt: skip
+    return Renderer(tokenizer, template, tokenizer.model_identity, replay, PIECE_CACHE_BYTES)
 
 
 def serve(engine: EngineConfig, server: ServerConfig, build: BuildCore | None = None) -> int:

@@ -58,11 +58,11 @@ def test_a_whole_prompt(tokenizer: Tokenizer) -> None:
         {"role": "tool", "content": "r1"},
         {"role": "tool", "content": "r2"},
     ]
-    tools = [{"type": "function", "function": {"name": "f", "description": "é < b"}}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "é < b (c) {{ d }} {% e %}"}}]
     text = renderer(tokenizer).render(Conversation(messages, tools)).text
     head, _, rest = text.partition("\n\n# Tools\n")
     assert head == "]~!b[]~b]system\nMe."
-    assert '<tools>\n<tool>{"name": "f", "description": "é < b"}</tool>\n</tools>\n' in rest
+    assert '<tools>\n<tool>{"name": "f", "description": "é < b (c) {{ d }} {% e %}"}</tool>\n</tools>\n' in rest
     assert rest.endswith(
         "</minimax:tool_call>[e~[\n"
         "]~b]user\none[e~[\n]~b]ai\nfirst[e~[\n]~b]user\ntwo[e~[\n"
