@@ -80,6 +80,16 @@ def test_fp8_weights_are_widened_without_fp8_units() -> None:
 
 
 @in_interpreter
+@pytest.mark.parametrize("size", [5, 20])
+def test_bf16_weights(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(size)
+    few_up_to(8, monkeypatch)
+    w13 = tiles.pack(torch.randn(EXPERTS, 2 * INNER, WIDTH).bfloat16(), None, True)
+    w2 = tiles.pack(torch.randn(EXPERTS, WIDTH, INNER).bfloat16())
+    assert run(size, CHIP, w13, w2, torch.bfloat16) < BF16_ERROR
+
+
+@in_interpreter
 @pytest.mark.parametrize("tile_format", [tiles.NibbleTiles("e2m1", 16), tiles.NibbleTiles("int4", 128)], ids=str)
 @pytest.mark.parametrize("size", [5, 20])
 def test_4_bit_weights(size: int, tile_format: tiles.NibbleTiles, monkeypatch: pytest.MonkeyPatch) -> None:
