@@ -13,7 +13,7 @@ import torch
 
 from saddle.kernels.row_state import ROW_WIDTH
 from saddle.protocol import RowAdmit, SamplingParams
-from saddle.runner.random import keys_of
+from saddle.runner.random import key_numbers
 from saddle.runner.rows import RowMirror
 
 
@@ -30,7 +30,7 @@ def _signed(value: int) -> int:
 
 def row_numbers(params: SamplingParams, seed: int, num_computed: int, vocab_size: int) -> list[int]:
     """A row of the table, in the order of the columns of `kernels.row_state`."""
-    first, second = (_signed(int(key)) for key in keys_of(seed))
+    first, second = (_signed(key) for key in key_numbers(seed))
     numbers = [
         num_computed,
         first,

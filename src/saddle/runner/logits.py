@@ -6,7 +6,9 @@ Most requests do nothing here, so state exists only for rows that ask, and a ste
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,12 +63,12 @@ def edits_of(
     params = admit.params
 
     def ids(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return _upload(values, torch.int64, device)
 
     edits = RowEdits(bad_words=_bad_words(params, device))
     if params.logit_bias:
         edits.bias_ids = ids(list(params.logit_bias))
-        edits.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+        edits.bias = _upload(list(params.logit_bias.values()), torch.float32, device)
     single = [word[0] for word in params.bad_words_ids if len(word) == 1]
     if params.allowed_token_ids is not None or single:
         edits.banned = torch.full((vocab_size,), params.allowed_token_ids is not None, device=device)
@@ -85,6 +87,11 @@ def edits_of(
     return None if edits.is_empty else edits
 
 
+def _upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers on the device, without waiting for what it is busy with."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def _bad_words(params: SamplingParams, device: torch.device) -> tuple[BadWords, ...]:
     by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for word in params.bad_words_ids:
@@ -92,7 +99,7 @@ def _bad_words(params: SamplingParams, device: torch.device) -> tuple[BadWords, 
     found = []
     for length, words in by_length.items():
         if length > 1:
-            table = torch.tensor(words, dtype=torch.int64, device=device)
+            table = _upload(words, torch.int64, device)
             found.append(BadWords(table[:, :-1], table[:, -1]))
     return tuple(found)
 
