@@ -301,12 +301,12 @@ def launch(
     (_up_few_kernel if few else _up_many_kernel)[(units * (w13.num_rows // up.bn),)](
         h.data, h_scales, *weight_tensors(w13, a8), *lists, act.data, act_scales, capacity, N=w13.num_rows,
         **matrix_constants(w13), EXPERTS=work.num_experts, TOP_K=work.top_k, A8=a8, BN=up.bn, BM=up.bm, BK=up.bk,
-        **few, STAGES=up.stages, PDL=pdl, **launch_options(up, pdl),
+        **few, STAGES=up.stages, PDL=pdl, **launch_options(up.warps, pdl),
     )  # fmt: skip
     (_down_few_kernel if few else _down_many_kernel)[(units * (w2.num_rows // down.bn),)](
         act.data, act_scales, *weight_tensors(w2, a8), *lists, work.weights, out, capacity, N=w2.num_rows,
         **matrix_constants(w2), EXPERTS=work.num_experts, A8=a8, BN=down.bn, BM=down.bm, BK=down.bk, **few,
-        STAGES=down.stages, PDL=pdl, **launch_options(down, pdl),
+        STAGES=down.stages, PDL=pdl, **launch_options(down.warps, pdl),
     )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl:
     num_tokens, a8 = a.data.shape[0], a.scale is not None
     tensors = (a.data, a.scale if a8 else a.data, *weight_tensors(w, a8), out)
     constants = {"N": w.num_rows, **matrix_constants(w), "A8": a8, "BN": block.bn, "BM": block.bm, "BK": block.bk,
-                 "STAGES": block.stages, "PDL": pdl, **launch_options(block, pdl)}  # fmt: skip
+                 "STAGES": block.stages, "PDL": pdl, **launch_options(block.warps, pdl)}  # fmt: skip
     if num_tokens <= MAX_FEW_TOKENS:
         parts = 1 if out.dim() == 2 else out.shape[0]
         _few_kernel[(w.num_rows // block.bn, parts)](*tensors, num_tokens, SPLIT=parts, **constants)

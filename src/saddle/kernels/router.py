@@ -19,7 +19,6 @@ each on its own. The math is that of `moe.route`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import triton
@@ -28,7 +27,7 @@ import triton.language as tl
 from saddle.kernels import fused_norm
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
-from saddle.kernels.tile_dot import begin, quantised, release
+from saddle.kernels.tile_dot import begin, launch_options, quantised, release
 
 # Up to here the experts' kernels have the weights as the product's rows, see `experts`.
 MAX_FEW_TOKENS = 256
@@ -36,6 +35,7 @@ MAX_FEW_TOKENS = 256
 MAX_FUSED_TOKENS = 128
 MANY_BLOCK = 128
 MANY_PROGRAMS = 132
+GATE_BLOCK = 1024
 FEW_UNIT_TOKENS = 16
 MANY_UNIT_TOKENS = 128
 
@@ -425,43 +425,63 @@ def route(
     if uniform and num_experts & (num_experts - 1):
         raise ValueError(f"Uniform routing needs a power of two of experts, got {num_experts}.")
     cut = slicing(num_tokens, width, num_experts)
-    padded = triton.next_power_of_2(num_experts)
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    fused = num_tokens <= MAX_FUSED_TOKENS
     # Several programs read a slice of x, one for each block of experts: they may not see it half changed.
-    copy = fused and padded > cut.be
-    x_out = work.x if copy else x
+    fused = num_tokens <= MAX_FUSED_TOKENS
+    x_out = work.x if fused and triton.next_power_of_2(num_experts) > cut.be else x
     if fused:
-        _few_logits_kernel[(cut.num, padded // cut.be, triton.cdiv(num_tokens, cut.bm))](
-            x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1), weight, gate,
-            x_out, work.logits, work.squares, work.counts, num_tokens, NUM_PARTS=0 if parts is None else len(parts),
-            WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num, BE=cut.be, BM=cut.bm, COUNTERS=len(work.counts),
-            PRECISION="tf32x3" if target.is_cuda else "ieee", PDL=pdl, num_warps=cut.warps, **options,
-        )  # fmt: skip
+        _few_logits(x, parts, weight, gate, x_out, work, cut, target, pdl)
     else:
         fused_norm.add_norm(x, parts, weight, eps, h, pdl)
-        _gate_parts_kernel[(triton.cdiv(gate.numel(), 1024),)](
-            weight, gate, work.gate_parts, work.counts, SIZE=gate.numel(), EXPERTS=num_experts, BLOCK=1024,
-            COUNTERS=len(work.counts), PDL=pdl, num_warps=4, **options,
-        )  # fmt: skip
-        _many_logits_kernel[(cut.num, triton.cdiv(num_tokens, cut.bm))](
-            x, work.gate_parts, work.logits, work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=padded,
-            SLICE=width // cut.num, BM=cut.bm, BK=32, STAGES=3 if target.shared_bytes > 200 * 1024 else 1, PDL=pdl,
-            num_warps=cut.warps, **options,
-        )  # fmt: skip
-    few = num_tokens <= MAX_FEW_TOKENS
-    slices = triton.next_power_of_2(cut.num)
-    _select_kernel[(num_tokens, 2 if fused else 1)](
+        _many_logits(x, weight, gate, work, cut, target, pdl)
+    _select(x, x_out, weight, eps, bias, positions, token_ids, layer, uniform, work, h, cut, pdl)
+
+
+def _few_logits(
+    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, gate: torch.Tensor, x_out: torch.Tensor,
+    work: RouterWork, cut: Slicing, target: Target, pdl: int,
+) -> None:  # fmt: skip
+    (num_tokens, width), num_experts = x.shape, work.num_experts
+    blocks = triton.next_power_of_2(num_experts) // cut.be
+    num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
+    _few_logits_kernel[(cut.num, blocks, triton.cdiv(num_tokens, cut.bm))](
+        x, parts, *strides, weight, gate, x_out, work.logits, work.squares, work.counts, num_tokens,
+        NUM_PARTS=num_parts, WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num, BE=cut.be, BM=cut.bm,
+        COUNTERS=len(work.counts), PRECISION="tf32x3" if target.is_cuda else "ieee", PDL=pdl,
+        **launch_options(cut.warps, pdl),
+    )  # fmt: skip
+
+
+def _many_logits(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, work: RouterWork, cut: Slicing, target: Target, pdl: int
+) -> None:
+    (num_tokens, width), num_experts = x.shape, work.num_experts
+    _gate_parts_kernel[(triton.cdiv(gate.numel(), GATE_BLOCK),)](
+        weight, gate, work.gate_parts, work.counts, SIZE=gate.numel(), EXPERTS=num_experts, BLOCK=GATE_BLOCK,
+        COUNTERS=len(work.counts), PDL=pdl, **launch_options(4, pdl),
+    )  # fmt: skip
+    stages = 3 if target.shared_bytes > 200 * 1024 else 1  # 56 KB each, and the parts of x
+    _many_logits_kernel[(cut.num, triton.cdiv(num_tokens, cut.bm))](
+        x, work.gate_parts, work.logits, work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=cut.be,
+        SLICE=width // cut.num, BM=cut.bm, BK=32, STAGES=stages, PDL=pdl, **launch_options(cut.warps, pdl),
+    )  # fmt: skip
+
+
+def _select(
+    x: torch.Tensor, x_out: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor,
+    positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool, work: RouterWork, h: Activation,
+    cut: Slicing, pdl: int,
+) -> None:  # fmt: skip
+    (num_tokens, width), num_experts, top_k = x.shape, work.num_experts, work.top_k
+    few, unit = num_tokens <= MAX_FEW_TOKENS, unit_tokens(num_tokens)
+    padded, slices = triton.next_power_of_2(num_experts), triton.next_power_of_2(cut.num)
+    _select_kernel[(num_tokens, 2 if num_tokens <= MAX_FUSED_TOKENS else 1)](
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
         work.counts, work.lists, work.units, h.data, h.data if h.scale is None else h.scale, num_tokens,
-        work.lists.shape[1], WIDTH=width,
-        GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts, EXPERTS_PADDED=padded, TOP_K=top_k,
-        CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num, SLICES_PADDED=slices,
-        ROWS=min(8, slices), UNIT=unit_tokens(num_tokens), UNIFORM=uniform, COPY=copy,
-        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, num_warps=4, **options,
+        work.lists.shape[1], WIDTH=width, GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts,
+        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num,
+        SLICES_PADDED=slices, ROWS=min(8, slices), UNIT=unit, UNIFORM=uniform, COPY=x_out is not x,
+        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, **launch_options(4, pdl),
     )  # fmt: skip
     if not few:
-        _units_kernel[(1,)](
-            work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded, UNIT=unit_tokens(num_tokens),
-            PDL=pdl, num_warps=4, **options,
-        )  # fmt: skip
+        _units_kernel[(1,)](work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded, UNIT=unit, PDL=pdl,
+                            **launch_options(4, pdl))  # fmt: skip

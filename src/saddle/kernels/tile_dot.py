@@ -341,6 +341,6 @@ def fit(block: Block, w: PackedMatrix, target: Target) -> Block:
     return Block(bn, block.bm, bk, stages, block.warps)
 
 
-def launch_options(block: Block, pdl: int) -> dict[str, Any]:
+def launch_options(warps: int, pdl: int) -> dict[str, Any]:
     """Keyword arguments of a launch; `launch_pdl` exists on sm_90 and newer only."""
-    return {"num_warps": block.warps, **({"launch_pdl": True} if pdl else {})}
+    return {"num_warps": warps, **({"launch_pdl": True} if pdl else {})}
