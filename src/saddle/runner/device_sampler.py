@@ -16,7 +16,10 @@ from saddle.kernels import logit_edits, sampling
 from saddle.protocol import RowAdmit, RowSample, RowWork, StepMask, TokenLogprobs
 from saddle.runner import logits as edit
 from saddle.runner.device_rows import DeviceRows
-from saddle.runner.sampler import MAX_SCORED, score, to_logprobs
+from saddle.runner.sampler import score, to_logprobs
+
+
+MAX_SCORED = 64  # positions whose log-probabilities exist at once: 51 MB at M2's vocabulary, and as much to rank them
 
 
 @dataclass(frozen=True, slots=True)
