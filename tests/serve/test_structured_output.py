@@ -11,10 +11,11 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai
+import pydantic
 import pytest
 
 from tests.serve.processes import ServerProcess
@@ -22,6 +23,7 @@ from tests.unit.grammar.grammar_support import Case, bfcl_cases
 
 HI: list[Any] = [{"role": "user", "content": "Tell me something."}]
 MODEL = "saddle-demo"
+BLOCK = 16  # tokens, on a CPU
 EVERY = int(os.environ.get("BFCL_EVERY", "80"))  # one published case of so many
 # Schemas whose outputs are short whatever is drawn.
 REPORT = {
@@ -83,6 +85,27 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
     for text in texts:
         jsonschema.validate(json.loads(text), REPORT)
     assert len(set(texts)) > 1, "constrained and still drawn"
+
+
+class Place(pydantic.BaseModel):
+    kind: Literal["town", "city"]
+    sunny: bool
+
+
+class Trip(pydantic.BaseModel):
+    places: Annotated[list[Place], pydantic.Field(min_length=1, max_length=2)]
+    rating: Literal[1, 2, 3] | None
+
+
+def test_the_parse_helper_of_the_sdk(client: openai.OpenAI) -> None:
+    """A model class with parts: `$defs`, references and null, as the SDK writes them."""
+    reply = client.chat.completions.parse(
+        model=MODEL, messages=HI, response_format=Trip, temperature=1.5, max_tokens=300, seed=1,
+        extra_body={"thinking_token_budget": 6, "top_k": 0},
+    )  # fmt: skip
+    trip = reply.choices[0].message.parsed
+    assert isinstance(trip, Trip)
+    assert 1 <= len(trip.places) <= 2
 
 
 def test_streamed_and_whole_answers_agree(client: openai.OpenAI) -> None:
@@ -189,6 +212,21 @@ def test_strict_tools_hold_in_free_text(client: openai.OpenAI, server: ServerPro
     for choice in chat(client, n=3, tools=TOOLS, parallel_tool_calls=False, logit_bias=bias).choices:
         [call] = choice.message.tool_calls
         arguments_of(call)
+
+
+@pytest.mark.parametrize("budget", [6, 0])
+def test_a_constrained_turn_comes_back_as_its_own_tokens(client: openai.OpenAI, budget: int) -> None:
+    """So the next turn of an agent finds all of it in the cache, also behind a thought that was cut off."""
+    messages = [{"role": "user", "content": f"Please set the level, {budget}. " * 3}]
+    calls: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "budget": budget}
+    first = chat(client, 2, messages=messages, **calls)
+    message = first.choices[0].message
+    [call] = message.tool_calls
+    again = [*messages, message.model_dump(exclude_none=True),
+             {"role": "tool", "tool_call_id": call.id, "content": "done"}]  # fmt: skip
+    second = chat(client, 2, messages=again, tools=TOOLS, tool_choice="none", max_tokens=1)
+    computed = first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    assert second.usage.prompt_tokens_details.cached_tokens == computed // BLOCK * BLOCK
 
 
 def test_published_tools_are_called_right(client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
