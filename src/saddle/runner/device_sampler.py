@@ -18,7 +18,6 @@ from saddle.runner import logits as edit
 from saddle.runner.device_rows import DeviceRows
 from saddle.runner.sampler import score, to_logprobs
 
-
 MAX_SCORED = 64  # positions whose log-probabilities exist at once: 51 MB at M2's vocabulary, and as much to rank them
 
 
