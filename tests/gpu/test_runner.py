@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 import saddle
 from saddle.config import CacheConfig, CompileConfig, EngineConfig, LoadConfig, SchedulerConfig
 from saddle.executor.inproc import InprocExecutor
-from saddle.protocol import DeviceInfo, RowWork, SamplingParams, StepMask
+from saddle.launch import build_core
+from saddle.protocol import Accepted, DeviceInfo, RowWork, SamplingParams, StepMask, TokenRequest
 from saddle.runner.fused_path import FusedPath
 from saddle.runner.runner import Runner
 from tests.support.plans import GREEDY, Plans, prompt_of
@@ -180,3 +181,33 @@ def test_a_failed_step_leaves_the_others(plans: Plans) -> None:
     assert "epoch" in str(plans.run(plan).error)
     assert plans.output(0) == before
     plans.release(0)
+
+
+def test_the_engine_over_the_gpu(loaded: tuple[Runner, DeviceInfo]) -> None:
+    """Requests come in while others run, with a plan in flight: each gets what it gets alone, or nearly."""
+    core, info = build_core(CONFIG, FOLDER, lambda phase, share, note: None)
+    prompts = {f"r{i}": prompt_of(n, 50 + i) for i, n in enumerate((3, 64, 130, 700, 20, 33, 511, 90))}
+
+    def run(names: list[str]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {name: [] for name in names}
+        waiting = list(names)
+        while waiting or core.has_work:
+            if waiting:
+                name = waiting.pop(0)
+                params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+                core.submit(TokenRequest(request_id=name, prompt_ids=prompts[name], params=params, arrival_s=0.0))
+                assert isinstance(core.answers()[0], Accepted)
+            for delta in core.step():
+                assert delta.error is None
+                found[delta.request_id] += delta.token_ids
+        core.check()
+        return found
+
+    alone = {name: run([name])[name] for name in prompts}
+    core.reset_cache()
+    together = run(list(prompts))
+    assert all(len(ids) == 40 for ids in together.values()) and info.plans_in_flight == 1
+    equal = [agreement(together[name], alone[name]) for name in prompts]
+    assert sum(count == 40 for count in equal) >= len(prompts) // 2, equal
+    assert core.stats.device_s > 0
+    core.stop()
