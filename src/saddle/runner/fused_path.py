@@ -48,7 +48,7 @@ RESERVE_BYTES = 1 << 30
 GRAPH_BYTES = 8 << 20
 
 
-# Rows of decode steps that are run at start where no graphs are captured: kernels choose tiles by such steps.
+# Rows of decode steps that are run at start beyond what graphs are captured for: kernels choose tiles by such steps.
 EAGER_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -163,11 +163,11 @@ class FusedPath:
             self._run_prompt(length, params if number == 0 else SamplingParams())
         self._run_mixed(min(num_tokens, 8))
         self._batcher.pad()
-        if not self._graphs.sizes:  # those that a graph would have
-            for size in EAGER_SIZES:
-                if size <= len(self.rows.epochs):
-                    self._decode(size)
-                    self._sample_plain(size)
+        largest = max(self._graphs.sizes, default=0)
+        for size in EAGER_SIZES:
+            if largest < size <= len(self.rows.epochs):
+                self._decode(size)
+                self._sample_plain(size)
         self._graphs.capture(
             self._decode,
             self._sample_plain,
