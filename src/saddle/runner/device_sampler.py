@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from saddle.kernels import logit_edits, sampling
@@ -150,10 +151,11 @@ class DeviceSampler:
         num_words = -(-self._rows.vocab_size // 32)
         for _, bits in masked:
             edit.check_mask(bits, self._rows.vocab_size)
-        packed = torch.frombuffer(bytearray(b"".join(bits for _, bits in masked)), dtype=torch.int32)
-        if logits.is_cuda:
-            packed = packed.pin_memory()
-        table = packed.to(logits.device, non_blocking=True).view(-1, num_words)
+        packed = torch.empty(len(masked), num_words, dtype=torch.int32, pin_memory=logits.is_cuda)
+        words = packed.numpy()  # a grammar's answer is waited for: written once, straight into pinned memory
+        for place, (_, bits) in enumerate(masked):
+            words[place] = np.frombuffer(bits, dtype=np.int32)
+        table = packed.to(logits.device, non_blocking=True)
         logit_edits.mask_rows(logits, self._upload([slot for slot, _ in masked]), table)
 
     def _edit(self, logits: torch.Tensor, work: list[RowWork]) -> None:
