@@ -77,16 +77,18 @@ def build_core(
     return EngineCore(executor, Scheduler(limits, eos_ids), info.plans_in_flight, grammar), info
 
 
-def build_grammar(tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> DeferredBackend:
-    """Structured output for an engine; loads nothing yet."""
-    from saddle.grammar.deferred import DeferredBackend
+def build_grammar(
+    tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int], after_s: float | None = None
+) -> DeferredBackend:
+    """Structured output for an engine; loads nothing yet, but after `after_s` seconds, or a few, by itself."""
+    from saddle.grammar.deferred import PREPARE_AFTER_S, DeferredBackend
 
     def make() -> XGrammarBackend:
         from saddle.grammar.backend import XGrammarBackend
 
         return XGrammarBackend(tokenizer, vocab_size, eos_ids)
 
-    return DeferredBackend(make)
+    return DeferredBackend(make, PREPARE_AFTER_S if after_s is None else after_s)
 
 
 def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:

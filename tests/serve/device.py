@@ -30,6 +30,7 @@ from saddle.executor.fake import FakeExecutor, from_function
 from saddle.parsing.tokenizer import Tokenizer
 
 BLOCK_SIZE = 16
+HOUR_S = 3600.0
 
 
 def turn_of(prompt: str) -> tuple[str, str]:
@@ -96,7 +97,10 @@ def build(folder: Path, num_blocks: int, max_model_len: int, step_s: float, rows
         num_blocks=num_blocks, block_size=BLOCK_SIZE, vocab_size=tokenizer.vocab_size, max_model_len=max_model_len,
         max_num_seqs=rows, max_num_batched_tokens=2048,
     )  # fmt: skip
-    return EngineCore(executor, Scheduler(limits, frozenset([tokenizer.eos_id])), plans_in_flight=1), info
+    eos_ids = frozenset([tokenizer.eos_id])
+    # Loaded by the first request that wants it: most tests are about something else.
+    grammar = launch.build_grammar(tokenizer, tokenizer.vocab_size, eos_ids, after_s=HOUR_S)
+    return EngineCore(executor, Scheduler(limits, eos_ids), plans_in_flight=1, grammar=grammar), info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
