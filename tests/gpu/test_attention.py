@@ -98,6 +98,31 @@ def test_prefill(lens: list[int], new: list[int], kind: str) -> None:
         assert torch.equal(outs[0].data.view(torch.uint8), outs[1].data.view(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("lens", "new"), [([30000], [200]), ([9000, 64, 2000], [1, 64, 333])], ids=str)
+def test_split_prefill(lens: list[int], new: list[int], kind: str) -> None:
+    target = detect()
+    work = paged_prefill.PrefillWork.allocate(target, torch.device("cuda"))
+    for a8, splits in ((True, None), (False, 3), (False, 7)):
+        case = make_case(lens, new, kind=kind, device="cuda", seed=len(lens))
+        expected = reference(case)
+        q = queries(case)
+        common = (q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens, 0, len(lens),
+                  case.num_tokens)  # fmt: skip
+        outs = [new_out(case, a8) for _ in range(2)]
+        for out in outs:
+            for scratch in (work.partial, work.stats):
+                scratch.fill_(float("nan"))
+            if splits is None:
+                paged_prefill.prefill(*common, out, target, 0, work, max(lens))
+            else:
+                tiles = paged_prefill.prefill_tiles(target, case.kv.scale_kind)
+                paged_prefill.launch(*common, out, tiles, 0, work, splits)
+        assert bool(work.stats[:4].isfinite().any()), "nothing was split"
+        assert relative_error(quant.dequantise(outs[0]), expected) < LIMITS[kind] + (FP8_OUT if a8 else 0)
+        assert torch.equal(outs[0].data.view(torch.uint8), outs[1].data.view(torch.uint8))
+
+
 def test_mixed_step() -> None:
     """Decoding rows first, prompts behind them, both kernels into one output."""
     case = make_case([700, 1, 0, 65, 900, 40], [1, 1, 0, 1, 300, 40], device="cuda")

@@ -169,6 +169,9 @@ def _attention(kind: str, target: Target) -> None:
     paged_decode.decode_fused(qkv, q_norm, k_norm, 1e-6, table, table, kv, tables, ids, ids, work, rows, out, pdl)
     paged_decode.decode(q, kv, tables, ids, ids, work, rows, out, pdl)
     paged_prefill.prefill(q, kv, tables, ids, ids, ids, 0, rows, rows, out, target, pdl)
+    if kind == "bf16":
+        parts = paged_prefill.PrefillWork.allocate(target, torch.device("meta"))
+        paged_prefill.prefill(q, kv, tables, ids, ids, ids, 0, rows, rows, out, target, pdl, parts, 100_000)
 
 
 CASES: dict[str, Case] = {

@@ -7,6 +7,9 @@ tokens still fill a tile. Programs find their tile from `query_starts` on the de
 number of tokens and rows gives, so nothing waits for the host. The last tiles of a row, which see the longest
 context, start first.
 
+Few new tokens behind a long context (a prefix that was cached) do not fill the chip: their tiles' keys are split too,
+partial results go to memory and a second launch adds them up, in order.
+
 The loop over keys is the usual online softmax (FlashAttention 2) with exp2. Keys that every token of the tile sees
 are computed without a mask; the few that only some see come last, with one. `qk_rope` ran before: keys and values of
 this step are in memory, and queries carry the softmax's factor.
@@ -29,6 +32,13 @@ if TYPE_CHECKING:
     from saddle.kernels.target import Target
 
 
+# Tiles that a multiprocessor holds at once, for which the splits are chosen.
+PROGRAMS_PER_SM = 2
+# What a split costs beside its keys, and what writing and adding up a chip full of partial results costs, in turns of
+# the loop (64 keys of 128 rows: about 2 microseconds on an H100 that is full).
+SPLIT_COST, COMBINE_COST = 3, 8
+MAX_SPLITS = 16
+COMBINED_ROWS = 16  # of a tile, by one program
 # Prompt rows of a step: a bound, so that one compiled kernel serves every step.
 MAX_ROWS = 1024
 
@@ -46,6 +56,45 @@ class PrefillTiles:
     num_stages: int
     max_registers: int | None = None
     masked_stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWork:
+    """Memory for partial results, allocated once.
+
+    partial   [count, rows of a tile, 128] float32, unnormalised outputs
+    stats     [count, 2, rows of a tile] float32, largest scores and sums of weights
+    """
+
+    partial: torch.Tensor
+    stats: torch.Tensor
+
+    @classmethod
+    def allocate(cls, target: Target, device: torch.device) -> PrefillWork:
+        """A chip full of programs, and as many again: what lies between is worth a split."""
+        count, rows = 2 * PROGRAMS_PER_SM * target.num_sms, max(prefill_tiles(target, kind).rows for kind in range(3))
+        return cls(torch.zeros(count, rows, HEAD_DIM, device=device), torch.zeros(count, 2, rows, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * (self.partial.numel() + self.stats.numel())
+
+    @property
+    def num_slots(self) -> int:
+        """Programs that the chip holds at once."""
+        return len(self.partial) // 2
+
+
+def choose_splits(num_programs: int, num_turns: int, work: PrefillWork) -> int:
+    """Into how many parts to cut the keys of every tile: rounds of programs times the turns of each, and the costs."""
+
+    def cost(splits: int) -> float:
+        programs = num_programs * splits
+        combine = 0.0 if splits == 1 else COMBINE_COST * max(1.0, programs / work.num_slots)
+        return -(-programs // work.num_slots) * (num_turns / splits + SPLIT_COST) + combine
+
+    most = max(1, min(MAX_SPLITS, len(work.partial) // num_programs))
+    return min(range(1, most + 1), key=cost)
 
 
 def prefill_tiles(target: Target, scale_kind: int) -> PrefillTiles:
@@ -126,29 +175,51 @@ def _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, bes
 
 
 @triton.jit
-def _find_tile(query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Row and first token (within the row's new ones) of this program's tile; row -1: none."""
+def _find_tile(place, query_starts, first_row, num_rows, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """Row and first token (within the row's new ones) of the tile at a place of the grid; row -1: none."""
     index = tl.arange(0, ROWS)
     inside = index < num_rows
     begin = tl.load(query_starts + first_row + index, mask=inside, other=0)
     stop = tl.load(query_starts + first_row + index + 1, mask=inside, other=0)
     tiles = tl.cdiv(stop - begin, TOKENS)
     end = tl.cumsum(tiles, 0)
-    tile = tl.sum(tiles, 0) - 1 - tl.program_id(1)
+    tile = tl.sum(tiles, 0) - 1 - place
     row = tl.sum((end <= tile).to(tl.int32), 0)
     start = tl.sum(tl.where(index == row, end - tiles, 0), 0)
     return tl.where(tile < 0, -1, row), (tile - start) * TOKENS
 
 
-@triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows"])
+@triton.jit
+def _lines(line, first, begin, length, head, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):
+    """Lines of a tile: their token within the row's new ones, their (token, query head) in [T, heads], which exist."""
+    step = first + line // GROUP
+    mine = (line < TOKENS * GROUP) & (step < length)
+    token = (begin + tl.minimum(step, length - 1)).to(tl.int64)
+    return step, token * HEADS + head * GROUP + line % GROUP, mine
+
+
+@triton.jit
+def _write_out(out, out_scales, place, mine, result, A8: tl.constexpr):
+    """Store outputs [N, 128] of the (token, query head) pairs `place` [N]."""
+    numbers = place[:, None] * 128 + tl.arange(0, 128)[None, :]
+    if A8:
+        LARGEST: tl.constexpr = 240.0 if out.dtype.element_ty == tl.float8e4b8 else 448.0
+        scale = tl.maximum(tl.max(tl.abs(result), 1), 1e-10) / LARGEST
+        tl.store(out + numbers, (result / scale[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
+        tl.store(out_scales + place, scale, mask=mine)
+    else:
+        tl.store(out + numbers, result.to(out.dtype.element_ty), mask=mine[:, None])
+
+
+@triton.jit(do_not_specialize=["table_stride", "first_row", "num_rows", "num_splits"])
 def _prefill_kernel(
     q, kv, kv_scales, k_scale, v_scale, block_tables, table_stride, row_ids, query_starts, context_lens, first_row,
-    num_rows, out, out_scales,
+    num_rows, num_splits, partial, stats, out, out_scales,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED_STAGES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SCALES: tl.constexpr, A8: tl.constexpr,
-    PDL: tl.constexpr,
+    MASKED_STAGES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SCALES: tl.constexpr, SPLIT: tl.constexpr,
+    A8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens and one KV head."""
+    """One tile of tokens, one KV head, one part of the keys."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     TOKENS: tl.constexpr = BM // GROUP
     WIDE: tl.constexpr = kv.dtype.element_ty if SCALES == 0 else tl.float16  # holds e4m3 numbers exactly
@@ -157,7 +228,7 @@ def _prefill_kernel(
     if PDL == 1:
         gdc_launch_dependents()
     head = tl.program_id(0)
-    found, first = _find_tile(query_starts, first_row, num_rows, TOKENS, ROWS)
+    found, first = _find_tile(tl.program_id(1), query_starts, first_row, num_rows, TOKENS, ROWS)
     if found >= 0:
         row = first_row + found
         begin = tl.load(query_starts + row)
@@ -166,27 +237,30 @@ def _prefill_kernel(
         table = block_tables + tl.load(row_ids + row).to(tl.int64) * table_stride
         line = tl.arange(0, BM)
         column = tl.arange(0, 128)
-        step = first + line // GROUP  # token within the row's new ones
-        mine = (line < TOKENS * GROUP) & (step < length)
-        token = (begin + tl.minimum(step, length - 1)).to(tl.int64)
-        place = (token * HEADS + head * GROUP + line % GROUP)[:, None] * 128 + column[None, :]
-        queries = tl.load(q + place, mask=mine[:, None], other=0.0).to(WIDE)
+        step, place, mine = _lines(line, first, begin, length, head, GROUP, HEADS, TOKENS)
+        queries = tl.load(q + place[:, None] * 128 + column[None, :], mask=mine[:, None], other=0.0).to(WIDE)
         before = context - length
         position = before + step
         seen = (before + first + 1) // KEYS * KEYS  # keys that the tile's first token sees, in whole turns
-        end = tl.minimum(before + tl.minimum(first + TOKENS, length), context)
+        end = before + tl.minimum(first + TOKENS, length)
+        low = 0
+        high = end
+        if SPLIT:
+            turns = tl.cdiv(end, KEYS)
+            low = turns * tl.program_id(2) // num_splits * KEYS
+            high = tl.minimum(turns * (tl.program_id(2) + 1) // num_splits * KEYS, end)
         offsets = swizzled(tl.arange(0, KEYS) % 64, column, CHUNK, 128)
         best = tl.full([BM], -1e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         result = tl.zeros([BM, 128], tl.float32)
         # Block ids are fetched one turn ahead: as a load inside the same turn they would take half of the stages.
-        blocks = _blocks(table, 0, end, KEYS)
-        for key in tl.range(0, seen, KEYS, num_stages=STAGES):
+        blocks = _blocks(table, low, end, KEYS)
+        for key in tl.range(low, tl.minimum(seen, high), KEYS, num_stages=STAGES):
             mine_now = blocks
             blocks = _blocks(table, key + KEYS, end, KEYS)
             best, total, result = _turn(queries, kv, kv_scales, k_scale, mine_now, position, key, end, head, best,
                                         total, result, offsets, KV_HEADS, KEYS, SCALES, False)  # fmt: skip
-        for key in tl.range(seen, end, KEYS, num_stages=MASKED_STAGES):
+        for key in tl.range(tl.maximum(seen, low), high, KEYS, num_stages=MASKED_STAGES):
             blocks = _blocks(table, key, end, KEYS)
             best, total, result = _turn(queries, kv, kv_scales, k_scale, blocks, position, key, end, head, best,
                                         total, result, offsets, KV_HEADS, KEYS, SCALES, True)  # fmt: skip
@@ -194,20 +268,59 @@ def _prefill_kernel(
             gdc_launch_dependents()
         if SCALES == 1:
             result *= v_scale
-        result /= total[:, None]
-        if A8:
-            LARGEST: tl.constexpr = 240.0 if out.dtype.element_ty == tl.float8e4b8 else 448.0
-            scale = tl.maximum(tl.max(tl.abs(result), 1), 1e-10) / LARGEST
-            tl.store(out + place, (result / scale[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
-            tl.store(out_scales + token * HEADS + head * GROUP + line % GROUP, scale, mask=mine)
+        if SPLIT:
+            part = ((tl.program_id(1) * KV_HEADS + head) * num_splits + tl.program_id(2)).to(tl.int64) * BM
+            tl.store(partial + (part + line)[:, None] * 128 + column[None, :], result)
+            tl.store(stats + part * 2 + line, best)
+            tl.store(stats + part * 2 + BM + line, total)
         else:
-            tl.store(out + place, result.to(out.dtype.element_ty), mask=mine[:, None])
+            _write_out(out, out_scales, place, mine, result / total[:, None], A8)
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits"])
+def _combine_kernel(
+    query_starts, first_row, num_rows, num_splits, partial, stats, out, out_scales,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
+    A8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of LINES lines of a tile of one KV head."""
+    TOKENS: tl.constexpr = BM // GROUP
+    if PDL > 0:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    head = tl.program_id(0)
+    found, first = _find_tile(tl.program_id(1), query_starts, first_row, num_rows, TOKENS, ROWS)
+    if found >= 0:
+        begin = tl.load(query_starts + first_row + found)
+        length = tl.load(query_starts + first_row + found + 1) - begin
+        line = tl.program_id(2) * LINES + tl.arange(0, LINES)
+        column = tl.arange(0, 128)
+        best = tl.full([LINES], -1e30, tl.float32)
+        total = tl.zeros([LINES], tl.float32)
+        result = tl.zeros([LINES, 128], tl.float32)
+        part = ((tl.program_id(1) * KV_HEADS + head) * num_splits).to(tl.int64) * BM
+        for _ in tl.range(0, num_splits):
+            score = tl.load(stats + part * 2 + line)
+            mass = tl.load(stats + part * 2 + BM + line)
+            values = tl.load(partial + (part + line)[:, None] * 128 + column[None, :])
+            higher = tl.maximum(best, score)
+            shrink = tl.exp2(best - higher)
+            grow = tl.exp2(score - higher)
+            total = total * shrink + mass * grow
+            result = result * shrink[:, None] + values * grow[:, None]
+            best = higher
+            part += BM
+        _, place, mine = _lines(line, first, begin, length, head, GROUP, KV_HEADS * GROUP, TOKENS)
+        _write_out(out, out_scales, place, mine, result / total[:, None], A8)
+    if PDL == 2:
+        gdc_launch_dependents()
 
 
 def prefill(
     q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor, query_starts: torch.Tensor,
     context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, target: Target,
-    pdl: int = 0,
+    pdl: int = 0, work: PrefillWork | None = None, max_context: int = 0,
 ) -> None:  # fmt: skip
     """Attend for the new tokens of the rows first_row to first_row + num_rows of a step.
 
@@ -217,17 +330,28 @@ def prefill(
         query_starts: [R + 1] int32, first token of each row; context_lens: [R] int32, new tokens included.
         num_tokens: at least the number of new tokens of these rows.
         out: [T, heads * 128], see `Activation`; written for these rows' tokens.
+        work, max_context: memory for splits and a bound on the rows' contexts; without them nothing is split.
     """
-    launch(q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, num_tokens, out,
-           prefill_tiles(target, kv.scale_kind), pdl)  # fmt: skip
+    tiles = prefill_tiles(target, kv.scale_kind)
+    splits = 1
+    if work is not None:
+        num_tiles = _max_tiles(q.shape[1] // HEAD_DIM // kv.num_kv_heads, num_tokens, num_rows, tiles)
+        splits = choose_splits(num_tiles * kv.num_kv_heads, -(-max_context // tiles.keys), work)
+    launch(q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, num_tokens, out, tiles, pdl,
+           work, splits)  # fmt: skip
+
+
+def _max_tiles(group: int, num_tokens: int, num_rows: int, tiles: PrefillTiles) -> int:
+    """Each row ends in at most one tile that is not full."""
+    return num_tokens // (tiles.rows // group) + num_rows
 
 
 def launch(
     q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor, query_starts: torch.Tensor,
     context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, tiles: PrefillTiles,
-    pdl: int,
+    pdl: int, work: PrefillWork | None = None, splits: int = 1,
 ) -> None:  # fmt: skip
-    """`prefill` with tiles of the caller's choice."""
+    """`prefill` with tiles and splits of the caller's choice."""
     num_heads, kv_heads = q.shape[1] // HEAD_DIM, kv.num_kv_heads
     group = num_heads // kv_heads
     if num_heads != group * kv_heads or group > tiles.rows or tiles.keys % BLOCK_SIZE:
@@ -237,13 +361,21 @@ def launch(
     if num_rows == 0 or num_tokens == 0:
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    if tiles.max_registers is not None:
-        options["maxnreg"] = tiles.max_registers
-    # Each row ends in at most one tile that is not full.
-    grid = (kv_heads, num_tokens // (tiles.rows // group) + num_rows)
-    _prefill_kernel[grid](
+    registers = {} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}
+    num_tiles = _max_tiles(group, num_tokens, num_rows, tiles)
+    partial = stats = None
+    if splits > 1:
+        if work is None or num_tiles * kv_heads * splits * tiles.rows > work.partial.shape[0] * work.partial.shape[1]:
+            raise ValueError(f"{splits} parts of {num_tiles} tiles have no room for their results")
+        partial, stats = work.partial, work.stats
+    _prefill_kernel[(kv_heads, num_tiles, splits)](
         q, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables, block_tables.stride(0), row_ids, query_starts,
-        context_lens, first_row, num_rows, out.data, out.scale, kv_heads, group, tiles.rows, tiles.keys,
-        tiles.num_stages, tiles.masked_stages, MAX_ROWS, CHUNK_BYTES // kv.data.element_size(), kv.scale_kind,
-        out.scale is not None, pdl, num_warps=tiles.num_warps, **options,
+        context_lens, first_row, num_rows, splits, partial, stats, out.data, out.scale, kv_heads, group, tiles.rows,
+        tiles.keys, tiles.num_stages, tiles.masked_stages, MAX_ROWS, CHUNK_BYTES // kv.data.element_size(),
+        kv.scale_kind, splits > 1, out.scale is not None, pdl, num_warps=tiles.num_warps, **registers, **options,
     )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(kv_heads, num_tiles, tiles.rows // COMBINED_ROWS)](
+            query_starts, first_row, num_rows, splits, partial, stats, out.data, out.scale, kv_heads, group, tiles.rows,
+            COMBINED_ROWS, MAX_ROWS, out.scale is not None, pdl, num_warps=4, **options,
+        )  # fmt: skip

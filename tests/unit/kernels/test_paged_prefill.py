@@ -14,11 +14,12 @@ from tests.support.interpreted import in_interpreter, outside, run_file
 from tests.support.paged_attention import EPS, Case, make_case, reference, relative_error
 
 LIMITS = {"fp16": 2e-3, "fp8": 0.15, "fp8_dynamic": 0.1}
+WORK = paged_prefill.PrefillWork(torch.full((64, 32, HEAD_DIM), torch.nan), torch.full((64, 2, 32), torch.nan))
 SMALL = paged_prefill.PrefillTiles(32, 64, 4, 2)
 
 
 def run(
-    case: Case, tiles: paged_prefill.PrefillTiles, first: int = 0, dtype: torch.dtype = torch.float16
+    case: Case, tiles: paged_prefill.PrefillTiles, first: int = 0, dtype: torch.dtype = torch.float16, splits: int = 1
 ) -> torch.Tensor:
     rows = len(case.lens) - first
     q = torch.full((case.num_tokens, case.heads * HEAD_DIM), torch.nan, dtype=torch.float16)
@@ -28,7 +29,7 @@ def run(
     (out.data if out.scale is None else out.scale).fill_(torch.nan)
     num_tokens = case.num_tokens - int(case.query_starts[first])
     paged_prefill.launch(q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens, first,
-                         rows, num_tokens, out, tiles, 0)  # fmt: skip
+                         rows, num_tokens, out, tiles, 0, WORK, splits)  # fmt: skip
     return quant.dequantise(out)
 
 
@@ -53,6 +54,42 @@ def test_only_the_asked_rows(tiles: paged_prefill.PrefillTiles) -> None:
     found = run(case, tiles, first=1)
     assert relative_error(found[2:], expected[2:]) < LIMITS["fp16"]
     assert bool(found[:2].isnan().all())
+
+
+@in_interpreter
+@pytest.mark.parametrize("splits", [2, 5])
+def test_split_keys(splits: int) -> None:
+    case = make_case([300, 13, 65], [7, 13, 1], heads=6, kv_heads=2, kind="fp16", seed=2)
+    expected = reference(case)
+    assert relative_error(run(case, SMALL, splits=splits), expected) < LIMITS["fp16"]
+    assert relative_error(run(case, SMALL, splits=splits, dtype=torch.float8_e4m3fn), expected) < 0.08
+
+
+@outside
+def test_splits_are_chosen_where_tiles_do_not_fill_the_chip() -> None:
+    work = paged_prefill.PrefillWork.allocate(of_arch("sm_90"), torch.device("meta"))
+    assert work.num_slots == 264
+
+    def chosen(num_tokens: int, context: int) -> int:
+        return paged_prefill.choose_splits(8 * (num_tokens // 21 + 1), context // 64, work)
+
+    assert chosen(8192, 8192) == 1
+    assert chosen(2048, 2048) == 1
+    assert chosen(200, 65536) >= 3
+    assert chosen(1, 200000) == 16
+    assert chosen(200, 200) == 1
+    for num_tokens in (1, 33, 200, 500, 1000, 2048):
+        splits = chosen(num_tokens, 100000)
+        assert splits == 1 or 8 * (num_tokens // 21 + 1) * splits <= len(work.partial)
+
+
+@outside
+def test_splits_without_room_are_refused() -> None:
+    case = make_case([200], [200], heads=2, kv_heads=1, kind="fp16")
+    out = quant.allocate(200, 2 * HEAD_DIM, torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match="no room"):
+        paged_prefill.launch(torch.zeros(200, 2 * HEAD_DIM), case.kv, case.block_tables, case.row_ids,
+                             case.query_starts, case.context_lens, 0, 1, 200, out, SMALL, 0, WORK, 9)  # fmt: skip
 
 
 @in_interpreter
