@@ -225,7 +225,8 @@ class FusedMiniMaxM2:
                                 self.space.decode, decodes, work.attn, pdl)  # fmt: skip
         paged_prefill.prefill(
             work.q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
-            num_rows - decodes, len(inputs.token_ids) - decodes, work.attn, self.target, pdl,
+            num_rows - decodes, len(inputs.token_ids) - decodes, work.attn, self.target, pdl, self.space.prefill,
+            inputs.max_context_len,
         )  # fmt: skip
 
     def project(self, layer: PackedLayer, work: Buffers) -> None:

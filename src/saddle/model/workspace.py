@@ -20,6 +20,7 @@ import torch
 
 from saddle.kernels import experts, linear, quant, tiles
 from saddle.kernels.paged_decode import DecodeWork
+from saddle.kernels.paged_prefill import PrefillWork
 from saddle.kernels.quant import Activation
 from saddle.kernels.router import RouterWork
 from saddle.kernels.target import Target
@@ -111,6 +112,7 @@ class Workspace:
         self._pairs = torch.zeros(max(needed), dtype=torch.uint8, device=device)
         self.router = RouterWork.allocate(tokens, hidden, config.num_experts, config.num_experts_per_tok, device)
         self.decode = DecodeWork.allocate(rows, config.num_kv_heads, target.num_sms, device)
+        self.prefill = PrefillWork.allocate(target, device)
         self.hidden = torch.zeros(rows, hidden, dtype=torch.bfloat16, device=device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
 
@@ -119,7 +121,8 @@ class Workspace:
         shared = 0 if self._h2 is self._h else self._h2.num_bytes
         plain = sum(one.numel() * one.element_size() for one in
                     (self._x, self._arena, self._pairs, self.hidden, self.logits))  # fmt: skip
-        return plain + shared + self._h.num_bytes + self._attn.num_bytes + self.router.num_bytes + self.decode.num_bytes
+        work = self.router.num_bytes + self.decode.num_bytes + self.prefill.num_bytes
+        return plain + shared + self._h.num_bytes + self._attn.num_bytes + work
 
     def buffers(self, num_tokens: int) -> Buffers:
         """Views for a step; call it once a step."""
