@@ -133,11 +133,12 @@ def _down_few_kernel(
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     n = tl.arange(0, BN)
-    begin(PDL)
+    # The router is two kernels back and done: only the activation is waited for.
     expert, pair, real = _few_pairs(ids, counts, lists, units, index, capacity, EXPERTS, BM, ONE)
+    weight = tl.load(shares_of + pair, mask=real, other=0.0)
+    begin(PDL)
     if expert >= 0:
         first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
-        weight = tl.load(shares_of + pair, mask=real, other=0.0)
         total = few_product(
             act, act_scales, pair.to(tl.int64), real, w, w_scales, w_groups, first, n, 0, K, K, SLOT_K, SLOT_BYTES,
             SIZE, SCALE_K, GROUP, INT4, False, A8, BN, BM, BK, STAGES,
@@ -232,8 +233,8 @@ def _down_many_kernel(
     BLOCKS: tl.constexpr = N // BN
     index = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
-    begin(PDL)
     expert, listed, count = _unit(counts, lists, units, index, capacity, EXPERTS, BM)
+    begin(PDL)
     if expert >= 0:
         first = (expert.to(tl.int64) * (N // 16) + block * (BN // 16)) * (K // SLOT_K)
         if count > BM // 2:
