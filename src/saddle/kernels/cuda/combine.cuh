@@ -28,7 +28,7 @@ DEVICE void combine(Consumer& c, int head, int split) {
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) fresh &= is_fresh(value[i], c.epoch) && is_fresh(lse[i], c.epoch);
-      if (!fresh) patience.lose(c.p, c.shared, FAILED_WORDS);
+      if (!fresh) patience.lose(FAILED_WORDS);
     }
     float larger = maximum;
 #pragma unroll

@@ -26,7 +26,7 @@ DEVICE void load_attention(Consumer& c, int part) {
       for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int i = 0; i < EACH; i++) fresh &= is_fresh(word[r][i][0], c.epoch) && is_fresh(word[r][i][1], c.epoch);
-      if (!fresh) patience.lose(c.p, c.shared, FAILED_WORDS);
+      if (!fresh) patience.lose(FAILED_WORDS);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)

@@ -127,9 +127,8 @@ DEVICE void end_step(Consumer& c) {
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode(const __grid_constant__ Params p) {
-  extern __shared__ __align__(1024) u8 memory[];
-  const u32 ring = shared_address(memory), act = ring + RING_SLOTS * RING_SLOT_BYTES;
-  Shared* shared = (Shared*)(memory + RING_SLOTS * RING_SLOT_BYTES + ACT_BYTES + SUMS_BYTES);
+  const u32 ring = shared_address(block_memory), act = ring + RING_SLOTS * RING_SLOT_BYTES;
+  Shared* shared = shared_of_block();
   if (threadIdx.x == 0) {
     for (int i = 0; i < RING_SLOTS; i++) {
       mbarrier_init(shared_address(&shared->full[i]), 1);
@@ -139,6 +138,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
     mbarrier_init(shared_address(&shared->rows_known), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     shared->started = global_nanoseconds();
+    shared->step_limit = p.step_limit;
+    shared->error = p.error;
   }
   __syncthreads();
   if (threadIdx.x >= NUM_THREADS) {

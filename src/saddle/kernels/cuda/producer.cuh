@@ -23,9 +23,9 @@ struct Producer {
 // The next slot, once it is empty and no more than the window is on the way.
 DEVICE int take_slot(Producer& d) {
   const int slot = d.slot;
-  mbarrier_wait(d.p, d.shared, &d.shared->empty[slot], d.parity ^ 1, FAILED_RING);
+  mbarrier_wait(&d.shared->empty[slot], d.parity ^ 1, FAILED_RING);
   const int oldest = d.window == 1 ? d.issued0 : d.window == 2 ? d.issued1 : d.issued2;
-  if (oldest >= 0) mbarrier_wait(d.p, d.shared, &d.shared->full[oldest & 255], oldest >> 8, FAILED_WINDOW);
+  if (oldest >= 0) mbarrier_wait(&d.shared->full[oldest & 255], oldest >> 8, FAILED_WINDOW);
   d.issued2 = d.issued1;
   d.issued1 = d.issued0;
   d.issued0 = slot | (int)(d.parity << 8);
@@ -150,7 +150,7 @@ DEVICE void produce(Producer& d) {
       send_tiles(d, QKV_TILES, turn, 0, QkvShape::SLOTS, QkvShape::SLOT_BYTES, claims,
                  [&](int tile) { return layer.qkv + (i64)tile * (QkvShape::SLOTS * QkvShape::SLOT_BYTES); });
       d.window = WINDOW_OTHER;
-      if (l == 0) mbarrier_wait(p, d.shared, &d.shared->rows_known, 0, FAILED_RING);
+      if (l == 0) mbarrier_wait(&d.shared->rows_known, 0, FAILED_RING);
       send_kv(d, l);
       send_tiles(d, O_PARTS * (HIDDEN / TILE_ROWS), turn + NUM_CTAS / 2, 0, O_SLOTS, OutputShape::SLOT_BYTES, claims, [&](int tile) {
         const int part = tile / (HIDDEN / TILE_ROWS), strip = tile % (HIDDEN / TILE_ROWS);
@@ -161,7 +161,7 @@ DEVICE void produce(Producer& d) {
       d.window = WINDOW_OTHER;
       constexpr u32 GATE_BYTES = GATE_ROWS * HIDDEN * 4;
       if (blockIdx.x < GATE_CTAS) send(d, (const u8*)layer.gate + (i64)blockIdx.x * GATE_BYTES, GATE_BYTES, 0);
-      mbarrier_wait(p, d.shared, &d.shared->routed, l & 1, FAILED_ROUTING);
+      mbarrier_wait(&d.shared->routed, l & 1, FAILED_ROUTING);
       d.window = WINDOW_EXPERTS;
       const int experts = d.shared->num_experts;
       const auto expert_at = [&](int place) { return (i64)(d.shared->expert_list[place] & 0xffff); };

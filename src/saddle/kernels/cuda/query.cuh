@@ -79,7 +79,7 @@ DEVICE HeadNumbers wait_head_numbers(Consumer& c, const Segment& s) {
     for (int i = 0; i < TILES_EACH; i++) fresh &= is_fresh(squares[i], c.epoch);
 #pragma unroll
     for (int i = 0; i < QK_EACH; i++) fresh &= is_fresh(qk[i], c.epoch);
-    if (!fresh) patience.lose(c.p, c.shared, FAILED_WORDS);
+    if (!fresh) patience.lose(FAILED_WORDS);
   }
   HeadNumbers n;
   n.value = word_float(value);

@@ -15,7 +15,7 @@ struct Slot {
 
 DEVICE Slot next_slot(Consumer& c) {
   Slot slot{c.slot, c.ring + c.slot * RING_SLOT_BYTES};
-  mbarrier_wait(c.p, c.shared, &c.shared->full[c.slot], c.parity, FAILED_RING);
+  mbarrier_wait(&c.shared->full[c.slot], c.parity, FAILED_RING);
   if (++c.slot == RING_SLOTS) {
     c.slot = 0;
     c.parity ^= 1;

@@ -24,7 +24,7 @@ DEVICE void wait_logits(const Consumer& c, int row, float* logit) {
     for (int i = 0; i < EACH; i++) word[i] = i * 32 + c.lane < NUM_EXPERTS ? load_relaxed(words + i * 32) : no_word(c.epoch);
 #pragma unroll
     for (int i = 0; i < EACH; i++) fresh &= is_fresh(word[i], c.epoch);
-    if (!fresh) patience.lose(c.p, c.shared, FAILED_WORDS);
+    if (!fresh) patience.lose(FAILED_WORDS);
   }
 #pragma unroll
   for (int i = 0; i < EACH; i++) sts32(scratch + (i * 32 + c.lane) * 4, (u32)word[i]);

@@ -93,6 +93,8 @@ struct Shared {
   float chosen_weight[MAX_PAIRS];
   // The step's rows, the same in all layers.
   u64 started;  // nanoseconds
+  i64 step_limit;
+  u32* error;
   u32 rows;  // bit r: row r holds a token
   u32 bad_rows;  // bit r: the residual of row r left its range
   int context[MAX_ROWS];
@@ -113,11 +115,16 @@ static_assert(SHARED_BYTES <= 232448, "more shared memory than a block may use")
 #define FAILED_WORDS 4
 #define FAILED_ROUTING 5
 
-// Ends the kernel: the wait would not end, so neither would the step. The host reads why from its own memory. It is a
-// store to address 0 and no `trap`, because with a trap in it the compiler does not give the consumers the registers
-// that setmaxnreg has moved to them.
-DEVICE void fail(const Params& p, u32 code) {
-  *(volatile u32*)p.error = code | blockIdx.x << 8;
+extern __shared__ __align__(1024) u8 block_memory[];  // ring, activations, sums, Shared
+DEVICE Shared* shared_of_block() { return (Shared*)(block_memory + RING_SLOTS * RING_SLOT_BYTES + ACT_BYTES + SUMS_BYTES); }
+
+// Ends the kernel if the step has taken too long: a wait would not end, so neither would the step. The host reads why
+// from its own memory. It is a store to address 0 and no `trap`, because with a trap in it the compiler does not give the
+// consumers the registers that setmaxnreg has moved to them; and a call, because every wait has one.
+__device__ __noinline__ void check_time(u32 code) {
+  const Shared* shared = shared_of_block();
+  if ((i64)(global_nanoseconds() - shared->started) <= shared->step_limit) return;
+  *(volatile u32*)shared->error = code | blockIdx.x << 8;
   __threadfence_system();
   asm volatile("st.global.u32 [%0],%1;" ::"l"(0ull), "r"(code) : "memory");
 }
@@ -125,14 +132,14 @@ DEVICE void fail(const Params& p, u32 code) {
 // Counts the tries of a wait and at every 4,096th looks at how long the step has taken in all: milliseconds, if well.
 struct Patience {
   u32 tries = 0;
-  DEVICE void lose(const Params& p, const Shared* shared, u32 code) {
-    if ((++tries & 4095) == 0 && (i64)(global_nanoseconds() - shared->started) > p.step_limit) fail(p, code);
+  DEVICE void lose(u32 code) {
+    if ((++tries & 4095) == 0) check_time(code);
   }
 };
-DEVICE void mbarrier_wait(const Params& p, const Shared* shared, const u64* barrier, u32 parity, u32 code) {
+DEVICE void mbarrier_wait(const u64* barrier, u32 parity, u32 code) {
   const u32 at = shared_address(barrier);
   Patience patience;
-  while (!mbarrier_try(at, parity)) patience.lose(p, shared, code);
+  while (!mbarrier_try(at, parity)) patience.lose(code);
 }
 
 struct Consumer {

@@ -23,7 +23,7 @@ DEVICE void grid_wait(Consumer& c) {
   if (c.thread == 0) {
     u32 target = c.barriers * NUM_CTAS;
     Patience patience;
-    while (load_acquire(c.p.sync + SYNC_BARRIER) < target) patience.lose(c.p, c.shared, FAILED_BARRIER);
+    while (load_acquire(c.p.sync + SYNC_BARRIER) < target) patience.lose(FAILED_BARRIER);
   }
   consumers_sync();
 }
