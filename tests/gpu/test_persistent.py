@@ -186,6 +186,19 @@ def test_uniform_routing(case: Case) -> None:
     assert error(logits, wanted.logits) < LIMITS["bf16"]
 
 
+def test_one_wrong_rotary_pair_is_seen(case: Case) -> None:
+    """What the limits are worth: one of 32 frequencies off by a tenth breaks them."""
+    frequencies = case.kernel._params.rotary_frequencies
+    right = frequencies[3]
+    frequencies[3] = right * 1.1
+    try:
+        with pytest.raises(AssertionError):
+            run(case, [300], ATTENTION, 1)
+    finally:
+        frequencies[3] = right
+    run(case, [300], ATTENTION, 1)
+
+
 def test_out_of_range_is_nan_in_that_row_alone(case: Case) -> None:
     """A weight of the embedding that float32 bears and the residual's fixed point does not."""
     model = replace(case.model, embed=case.model.embed.clone(), norm=case.model.norm)
