@@ -17,6 +17,7 @@ import torch
 from saddle import env
 from saddle.config import EngineConfig
 from saddle.errors import EngineError
+from saddle.kernels import tuning
 from saddle.kernels.target import Target
 from saddle.model import packed
 from saddle.model.config import GenerationConfig, ModelConfig
@@ -88,11 +89,13 @@ class FusedPath:
         self, config: EngineConfig, folder: Path, shape: ModelConfig, target: Target, device: torch.device,
         num_valid_tokens: int | None, on_progress: ProgressFn,
     ) -> None:  # fmt: skip
+        layout = ParallelLayout()
+        kinds = packed.formats(shape, layout, target.is_fnuz)
+        target, tiles_line = _tiles(shape, kinds, target, device)
         self._config, self._shape, self._target, self._device = config, shape, target, device
         self._num_valid = min(num_valid_tokens or shape.vocab_size, shape.vocab_size)
         self._eos_ids = GenerationConfig.load(folder).eos_ids
         self._kind = kind_of(config.cache.kv_cache_dtype)
-        layout = ParallelLayout()
         self._weights = packed.allocate(shape, layout, device, fnuz=target.is_fnuz)
         self.uniform_routing = config.load.load_format == "dummy"
         if self.uniform_routing:
@@ -105,7 +108,7 @@ class FusedPath:
         self.bytes_per_token = KVMemory.bytes_per_token(shape, self._kind)
         sizes = config.sizes("cuda")
         self.step_bytes = self._count_step_bytes(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.block_size)
-        self.lines = [line, *target.decisions(), *packed.formats(shape, layout, target.is_fnuz).lines,
+        self.lines = [line, *target.decisions(), tiles_line, *kinds.lines,
                       *map(str, config.compile.decisions(sizes.max_num_seqs))]  # fmt: skip
         self.compile_watch = CompileWatch()
         self.num_launches = 0  # graphs or eager halves of the last step
@@ -289,6 +292,24 @@ class FusedPath:
             found.append(Scored(item, first, num_top, torch.cat(parts)))
             start += item.num_tokens
         return found
+
+
+def _tiles(
+    shape: ModelConfig, kinds: packed.Formats, target: Target, device: torch.device
+) -> tuple[Target, str]:
+    """The target with the tiles of its card, shipped or measured, and a line that says which."""
+    widths = tuning.Shapes(
+        hidden=shape.hidden_size,
+        qkv_rows=(shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,
+        o_columns=shape.num_heads * shape.head_dim,
+        vocab=shape.vocab_size,
+        num_experts=shape.num_experts,
+        top_k=shape.num_experts_per_tok,
+        intermediate=shape.intermediate_size,
+        attention=kinds.qkv,
+        experts=kinds.w13,
+    )
+    return tuning.prepare(widths, target, device, env.cache_dir())
 
 
 def _to_host(found: torch.Tensor) -> torch.Tensor:
