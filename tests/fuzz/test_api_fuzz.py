@@ -328,7 +328,7 @@ def test_any_sampling_fields(facts: Facts, body: dict[str, Any], defaults: dict[
     assert all(params.bad_words_ids) and 0 <= params.temperature <= 2 and 0 < params.top_p <= 1
 
 
-wishes = (
+wishes: st.SearchStrategy[dict[str, Any]] = (
     st.just({}) | formats.map(lambda one: {"response_format": one})
     | structured.map(lambda one: {"structured_outputs": one})
     | st.tuples(formats, structured).map(lambda both: {"response_format": both[0], "structured_outputs": both[1]})
@@ -406,7 +406,7 @@ def test_any_events_encoded(
     assert joined_chat(chunks) == whole_chat(body)
     assert (chunks[-1].get("usage") == body["usage"]) is usage
     plain = openai_text.AskedText(**fields)
-    only_text = [[event for event in events if not isinstance(event, ReasoningDelta)] for events in flat]
+    only_text: list[list[Event]] = [[event for event in events if not isinstance(event, ReasoningDelta)] for events in flat]
     text_stream = openai_text.TextStream(plain, names, prompt, [""])
     body = json.loads(openai_text.to_response(plain, names, prompt, only_text, [""]))
     said = dict.fromkeys(range(len(batches)), "")
