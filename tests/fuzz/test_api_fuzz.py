@@ -406,7 +406,7 @@ def test_any_events_encoded(
     assert joined_chat(chunks) == whole_chat(body)
     assert (chunks[-1].get("usage") == body["usage"]) is usage
     plain = openai_text.AskedText(**fields)
-    only_text: list[list[Event]] = [[event for event in events if not isinstance(event, ReasoningDelta)] for events in flat]
+    only_text: list[list[Event]] = [[e for e in events if not isinstance(e, ReasoningDelta)] for events in flat]
     text_stream = openai_text.TextStream(plain, names, prompt, [""])
     body = json.loads(openai_text.to_response(plain, names, prompt, only_text, [""]))
     said = dict.fromkeys(range(len(batches)), "")
