@@ -134,8 +134,7 @@ class ModelConfig:
         keys.require(self.rms_norm_eps > 0, "rms_norm_eps", "above 0")
         keys.require(self.rope_theta > 0, "rope_theta", "above 0")
         if self.quantization is not None:
-            # Tiles of 4-bit numbers are 128 columns wide too.
-            block = max(self.quantization.block if self.quantization.kind == "fp8" else (128, *self.quantization.block))
+            block = self.quantization.unit
             for key, width in (
                 ("hidden_size", self.hidden_size),
                 ("intermediate_size", self.intermediate_size),
@@ -194,8 +193,8 @@ class ModelConfig:
             found = 0.0
             for count, module in ((self.num_attention_params, "self_attn.q_proj"),
                                   (self.num_expert_params, "block_sparse_moe.experts.0.w1")):  # fmt: skip
-                covered = self.quantization.covers("model.layers.0." + module)
-                found += self.quantization.bytes_of(count) if covered else ITEM_BYTES[self.dtype] * count
+                how = self.quantization.of("model.layers.0." + module)
+                found += ITEM_BYTES[self.dtype] * count if how is None else how.bytes_of(count)
             return round(found) + 4 * self.num_router_params + ITEM_BYTES[self.dtype] * self.num_other_params
         item = ITEM_BYTES[dtype or self.dtype]
         return item * (self.num_projection_params + self.num_other_params) + 4 * self.num_router_params

@@ -70,20 +70,31 @@ class Fp8Slice:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Block:
-    """E4M3 with one F32 scale per block: W[i, j] = q[i, j] * scale[i // block[0], j // block[1]]."""
+    """E4M3 with one scale per block: W[i, j] = q[i, j] * scale[i // block[0], j // block[1]].
+
+    packed   compressed-tensors' name of the scales, which may be BF16; else MiniMax's, F32
+    """
 
     block: tuple[int, int] = (128, 128)
+    packed: bool = False
+
+    @property
+    def _scales(self) -> str:
+        return "_scale" if self.packed else "_scale_inv"
 
     def members(self, shape: tuple[int, ...]) -> list[Member]:
         scales = tuple(-(-size // block) for size, block in zip(shape, self.block, strict=True))
-        return [Member("", shape, ("F8_E4M3",)), Member("_scale_inv", scales, ("F32",))]
+        return [
+            Member("", shape, ("F8_E4M3",)),
+            Member(self._scales, scales, ("F32", "BF16") if self.packed else ("F32",)),
+        ]
 
     def read(self, get: ReadSlice, rows: Slice, columns: Slice) -> Fp8Slice:
         """A slice of the bytes, and the checkpoint's scales repeated to the granularity that divides the slice."""
         granularity = scale_granularity(rows, self.block[0]), scale_granularity(columns, self.block[1])
         covering = [Slice(part.start // block, -(-part.stop // block))
                     for part, block in zip((rows, columns), self.block, strict=True)]  # fmt: skip
-        scale = get("_scale_inv", *covering)
+        scale = get(self._scales, *covering).to(torch.float32)
         for dim, (part, step) in enumerate(zip((rows, columns), granularity, strict=True)):
             block = self.block[dim]
             index = torch.arange(part.start, part.stop, step) // block - part.start // block
@@ -143,7 +154,10 @@ class Nvfp4:
 
 @dataclass(frozen=True, slots=True)
 class Int4:
-    """Integers (number - 8) with a bf16 scale per `group` columns; eight numbers an int32 word (pack-quantized)."""
+    """Integers (number - 8) with a bf16 scale per `group` columns; eight numbers an int32 word (pack-quantized).
+
+    The checkpoint's scales are repeated to the granularity that divides a slice: 64 of 128 columns at TP8.
+    """
 
     group: int
 
@@ -162,8 +176,11 @@ class Int4:
     def read(self, get: ReadSlice, rows: Slice, columns: Slice) -> NibbleSlice:
         """A slice of the numbers with its scales."""
         words = get("_packed", rows, _divided(columns, 8))
-        scale = get("_scale", rows, _divided(columns, self.group))
-        return NibbleSlice(nibbles.from_words(words), scale, 1.0, self.tiles)
+        granularity = scale_granularity(columns, self.group)
+        covering = Slice(columns.start // self.group, -(-columns.stop // self.group))
+        index = torch.arange(columns.start, columns.stop, granularity) // self.group - covering.start
+        scale = get("_scale", rows, covering).index_select(1, index)
+        return NibbleSlice(nibbles.from_words(words), scale, 1.0, NibbleTiles("int4", granularity))
 
 
 def _divided(part: Slice, step: int) -> Slice:
@@ -182,11 +199,11 @@ WeightFormat = Bf16 | Fp8Block | Nvfp4 | Int4
 
 def format_of(config: ModelConfig, module: str) -> WeightFormat:
     """How the checkpoint stores the weight of a projection, given its dotted name."""
-    quantization = config.quantization
-    if quantization is None or not quantization.covers(module):
+    how = config.quantization.of(module) if config.quantization is not None else None
+    if how is None:
         return Bf16()
-    if quantization.kind == "fp8":
-        return Fp8Block(quantization.block)
-    if quantization.kind == "int4-packed":
-        return Int4(quantization.block[1])
-    return Nvfp4(packed=quantization.kind == "nvfp4-packed")
+    if how.kind.startswith("fp8"):
+        return Fp8Block(how.block, packed=how.kind == "fp8-packed")
+    if how.kind == "int4-packed":
+        return Int4(how.block[1])
+    return Nvfp4(packed=how.kind == "nvfp4-packed")

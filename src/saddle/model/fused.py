@@ -259,7 +259,7 @@ def why_not(config: ModelConfig) -> str | None:
     for key, width in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)):
         if width % 128:
             return f"the GPU kernels need a {key} that is a multiple of 128, not {width}"
-    return None
+    return packed.unlike(config)
 
 
 def decode_shape(config: ModelConfig) -> DecodeShape:

@@ -184,6 +184,21 @@ def formats(config: ModelConfig, layout: ParallelLayout, fnuz: bool = False) -> 
     return Formats(*found, tuple(lines))
 
 
+def unlike(config: ModelConfig) -> str | None:
+    """Which layer or expert is stored in another way than the first one, as a reason; None: they are alike."""
+    expert = "block_sparse_moe.experts.{}."
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [expert + name for name in ("w1", "w2", "w3")]
+    for name in names:
+        first = "model.layers.0." + name.format(0)
+        experts = config.num_experts if name.startswith(expert) else 1
+        places = [(layer, 0) for layer in range(config.num_layers)] + [(0, number) for number in range(experts)]
+        for layer, number in places:
+            module = f"model.layers.{layer}." + name.format(number)
+            if format_of(config, module) != format_of(config, first):
+                return f"{module} is not stored as {first} is, and the GPU kernels need layers and experts alike"
+    return None
+
+
 def allocate(
     config: ModelConfig, layout: ParallelLayout, device: torch.device, fnuz: bool = False
 ) -> PackedModel:

@@ -49,9 +49,8 @@ class Shape:
 
 def matrix(config: ModelConfig, rows: int, columns: int, module: str, tokens: float) -> Work:
     """One projection: its weight once, its product for so many tokens."""
-    quantization = config.quantization
-    covered = quantization is not None and quantization.covers(module)
-    weight = quantization.bytes_of(rows * columns) if quantization is not None and covered else 2.0 * rows * columns
+    how = config.quantization.of(module) if config.quantization is not None else None
+    weight = 2.0 * rows * columns if how is None else how.bytes_of(rows * columns)
     return Work(weight, 2.0 * rows * columns * tokens)
 
 
