@@ -48,8 +48,8 @@ def nvfp4(name: str, rows: int, columns: int, is_packed: bool) -> tuple[Stored, 
 
 def int4(name: str, rows: int, columns: int, group: int) -> tuple[Stored, torch.Tensor]:
     numbers = torch.randint(0, 16, (rows, columns), dtype=torch.int64)
-    scale = (torch.rand(rows, columns // group) * 0.01).bfloat16()
-    words = sum(numbers[:, place::8] << 4 * place for place in range(8))
+    scale = (torch.rand(rows, columns // group) * 0.02 + 0.005).bfloat16()
+    words = torch.stack([numbers[:, place::8] << 4 * place for place in range(8)]).sum(0)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     stored = {"_packed": words, "_scale": scale, "_shape": torch.tensor([rows, columns])}
     return ({f"{name}.weight{suffix}": tensor for suffix, tensor in stored.items()},
@@ -111,7 +111,8 @@ def write(folder: Path, kind: str, drop: str = "", shape: Shape = SHAPE) -> dict
     config = ModelConfig.load(folder)
     assert config.quantization is not None
     torch.manual_seed(0)
-    found, values = {}, {}
+    found: Stored = {}
+    values: Stored = {}
     for name, tensor in random_tensors(shape, fp8=False, seed=1).items():
         module = name.removesuffix(".weight")
         projection = module.endswith(("_proj", ".w1", ".w2", ".w3"))

@@ -107,6 +107,14 @@ def _linear(num_tokens: int, target: Target) -> None:
     linear.linear(activation(target, num_tokens, HEADS_WIDTH), o, parts, target, pdl)
 
 
+def _linear_nibbles(tile_format: NibbleTiles, target: Target) -> None:
+    """Attention of a checkpoint that quantises it too."""
+    qkv, pdl = tiles.allocate(QKV_WIDTH, HIDDEN, tile_format, "meta"), 2 if target.has_pdl else 0
+    for num_tokens in (8, 8192):
+        a, out = quant.allocate(num_tokens, HIDDEN, torch.bfloat16, "meta"), empty(num_tokens, QKV_WIDTH)
+        linear.linear(a, qkv, out, target, pdl)
+
+
 def _lm_head(num_tokens: int, target: Target) -> None:
     matrix = tiles.allocate(200064, HIDDEN, Bf16Tiles(), "meta")
     linear.lm_head(empty(num_tokens, HIDDEN, dtype=torch.bfloat16), matrix, empty(num_tokens, 200064), target)
@@ -177,6 +185,8 @@ def _attention(kind: str, target: Target) -> None:
 CASES: dict[str, Case] = {
     "linear, 8 tokens": lambda target: _linear(8, target),
     "linear, 8192 tokens": lambda target: _linear(8192, target),
+    "linear, INT4": lambda target: _linear_nibbles(NibbleTiles("int4", 32), target),
+    "linear, NVFP4": lambda target: _linear_nibbles(NibbleTiles("e2m1", 16), target),
     "lm_head, 8 tokens": lambda target: _lm_head(8, target),
     "lm_head, 256 tokens": lambda target: _lm_head(256, target),
     "router, 8 tokens": lambda target: _route(8, False, target),
