@@ -1,0 +1,138 @@
+"""4-bit weights on the GPU: products against float64, and two layers of M2's widths against plain torch in float32.
+
+Activations are bf16 (W4A16), so errors are those of bf16: the numbers times their scales are exact (NVFP4) or rounded
+once (INT4). Attention in FP8 beside 4-bit experts has the rounding of W8A8 in its two products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import packed_support as support
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from saddle.kernels import linear, nibbles, quant, tiles
+from saddle.kernels.target import detect
+from saddle.kernels.tiles import NibbleTiles, PackedMatrix
+from saddle.model import packed
+from saddle.model import weights as w
+from saddle.model.config import ModelConfig
+from saddle.model.fused import FusedMiniMaxM2
+from saddle.model.inputs import StepInputs
+from saddle.model.m2 import MiniMaxM2
+from saddle.parallel.layout import ParallelLayout
+from tests.support.checkpoint import Shape, config_json
+from tests.support.four_bits import KINDS
+from tests.support.model_steps import Steps, divergence
+
+CUDA, ONE = torch.device("cuda"), ParallelLayout()
+FORMATS = [NibbleTiles("e2m1", 16), NibbleTiles("int4", 32), NibbleTiles("int4", 128)]
+QKV, OUT = (8192, 3072), (3072, 6144)
+# float32 sums of exact products; int4 times its scale is rounded to 8 bits.
+ERROR = {"e2m1": 1e-5, "int4": 4e-3}
+BF16_ERROR = 5e-3
+
+
+def nibble_weight(tile_format: NibbleTiles, rows: int, columns: int) -> PackedMatrix:
+    matrix = tiles.allocate(rows, columns, tile_format, "cuda")
+    numbers = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(rows, columns // tile_format.group, device="cuda") + 0.2
+    nibbles.pack_into(matrix, numbers, scale.to(tile_format.scale_dtype), 0.01)
+    return matrix
+
+
+@pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
+@pytest.mark.parametrize("shape", [QKV, OUT], ids=["qkv", "o"])
+@pytest.mark.parametrize("tile_format", FORMATS, ids=str)
+def test_products(tile_format: NibbleTiles, shape: tuple[int, int], chip: support.Target) -> None:
+    torch.manual_seed(5)
+    matrix = nibble_weight(tile_format, *shape)
+    values = nibbles.dequantise(matrix).double()
+    sizes = support.SIZES if shape == QKV and chip.capability >= 90 else (1, 33, 300)
+    for size in sizes:
+        a = quant.quantise(torch.randn(size, shape[1], device="cuda") * 3, torch.bfloat16)
+        wanted = a.data.double() @ values.T
+        parts = support.poisoned(linear.split_k(size, matrix, chip), size, shape[0])
+        linear.linear(a, matrix, parts, chip)
+        assert support.error(parts.sum(0), wanted) < ERROR[tile_format.numbers], (size, "parts")
+        again = torch.full_like(parts, 7.0)
+        linear.linear(a, matrix, again, chip)
+        assert torch.equal(parts, again), (size, "same bits")
+        out = support.poisoned(size, shape[0], dtype=torch.bfloat16)
+        linear.linear(a, matrix, out, chip)
+        assert support.error(out, wanted) < BF16_ERROR, (size, "bf16")
+
+
+def test_shifted_scales_are_seen() -> None:
+    matrix = nibble_weight(FORMATS[1], 256, 1024)
+    a = quant.quantise(torch.randn(8, 1024, device="cuda"), torch.bfloat16)
+    wanted = a.data.double() @ nibbles.dequantise(matrix).double().T
+    nibbles.scale_view(matrix).copy_(nibbles.scale_view(matrix).roll(1, -1).clone())
+    out = support.poisoned(8, 256)
+    linear.linear(a, matrix, out, support.targets()[0])
+    assert support.error(out, wanted) > 20 * BF16_ERROR
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# two layers of M2's widths, with fewer experts and words
+
+M2 = Shape(4096, 3072, 2, 48, 8, 128, 32, 8, 1536, 204800)
+TOKENS = 96
+# As test_model.py: bf16 activations 0.004, FP8 ones 0.018 on an H100, for the same random lm_head.
+MOST_KL = {kind: 0.03 if kind == "mixed-precision" else 0.01 for kind in KINDS}
+
+
+def dequantise(matrix: PackedMatrix) -> torch.Tensor:
+    return nibbles.dequantise(matrix) if isinstance(matrix.format, NibbleTiles) else tiles.dequantise(matrix)
+
+
+def plain_logits(config: ModelConfig, model: packed.PackedModel, ids: list[int]) -> torch.Tensor:
+    """Logits [T, V] of plain torch in float32 over the dequantised weights."""
+    weights = w.allocate(config, ONE, torch.float32, CUDA)
+    weights.embed.copy_(model.embed)
+    weights.norm.copy_(model.norm)
+    weights.lm_head.copy_(tiles.dequantise(model.lm_head).t())
+    for mine, theirs in zip(weights.layers, model.layers, strict=True):
+        for name in ("input_norm", "post_norm", "q_norm", "k_norm", "gate", "gate_bias"):
+            getattr(mine, name).copy_(getattr(theirs, name))
+        for name in ("qkv", "o", "w13", "w2"):
+            getattr(mine, name).copy_(dequantise(getattr(theirs, name)).transpose(-1, -2))
+    plain, count = MiniMaxM2(config, weights, 2048), len(ids)
+    every = torch.arange(count, device=CUDA)
+    inputs = StepInputs(
+        torch.tensor(ids, device=CUDA), every, every, torch.arange(-(-count // 64), device=CUDA)[None],
+        torch.tensor([0, count], dtype=torch.int32, device=CUDA),
+        torch.tensor([count], dtype=torch.int32, device=CUDA), every, count, count, [(count, count)],
+    )  # fmt: skip
+    with torch.inference_mode():
+        return plain.forward(inputs, plain.allocate_kv(-(-count // 64), 64, plain.dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_layers_against_plain_torch(kind: str) -> None:
+    raw: dict[str, Any] = config_json(M2, fp8=False) | {"quantization_config": KINDS[kind][0]}
+    config = ModelConfig.from_dict(raw)
+    weights = packed.allocate(config, ONE, CUDA, detect().is_fnuz)
+    packed.dummy(weights, 1)
+    ids = torch.randint(M2.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
+    expected = plain_logits(config, weights, ids)
+    model = FusedMiniMaxM2(config, weights, max_positions=2048, max_tokens=128, max_rows=16, target=detect())
+    steps = Steps(model)
+    parts = [steps.step({0: ids[:70]})[0]]
+    parts += [steps.step({0: [token]}, padding=2)[0] for token in ids[70:]]
+    found = torch.cat(parts)
+    assert bool(found.isfinite().all())
+    kl, agreement = divergence(found, expected)
+    error = float((found - expected).norm() / expected.norm())
+    print(f"\n{kind}: relative error {error:.4f}, KL {kl:.5f}, top-1 agreement {agreement:.4f}")
+    assert kl < MOST_KL[kind] and agreement > 0.9
+    # The threshold notices scales that are those of the group beside.
+    scales = nibbles.scale_view(weights.layers[0].w2)
+    scales.copy_(scales.roll(1, -1).clone())
+    wrong, _ = divergence(Steps(model).step({0: ids})[0], expected)
+    print(f"with shifted scales in one layer's w2: KL {wrong:.5f}")
+    assert wrong > MOST_KL[kind]
