@@ -139,7 +139,7 @@ def _item(item: Any, key: str, number: int) -> Item:
     if kind == "item_reference":
         raise InvalidRequest(f"{where}: item_reference is not supported; send the item itself, or use "
                              "previous_response_id.", f"{where}.type")  # fmt: skip
-    if kind not in READ_ITEMS and kind not in FOREIGN_ITEMS:
+    if not isinstance(kind, str) or (kind not in READ_ITEMS and kind not in FOREIGN_ITEMS):
         raise InvalidRequest(f"{where}.type must be one of {', '.join(READ_ITEMS)}, got {_shown(kind)}.",
                              f"{where}.type")  # fmt: skip
     made = {**item, "type": kind}

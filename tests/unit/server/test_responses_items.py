@@ -165,6 +165,8 @@ WRONG: list[tuple[Any, str, str]] = [
     (["hi"], "input.0", "must be an object"),
     ([{}], "input.0.type", "one of message"),
     ([{"type": "song"}], "input.0.type", "'song'"),
+    ([{"type": ["message"]}], "input.0.type", "one of message"),
+    ([{"type": {}, "role": "user"}], "input.0.type", "one of message"),
     ([{"id": "msg_1"}], "input.0.type", "previous_response_id"),
     ([{"type": "item_reference", "id": "msg_1"}], "input.0.type", "not supported"),
     ([{"role": "tool", "content": "x"}], "input.0.role", "one of user"),
