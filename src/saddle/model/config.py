@@ -75,11 +75,16 @@ class ModelConfig:
     def load(cls, folder: Path, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read `folder`/config.json; `hf_overrides` replaces keys first.
 
+        A checkpoint of ModelOpt may say in hf_quant_config.json alone that it is quantised.
+
         Raises:
             StartupError: the file is missing or no JSON, an override has no effect, or as `from_dict`.
         """
         path = folder / "config.json"
         raw = read_json(path)
+        quantised = folder / "hf_quant_config.json"
+        if raw.get("quantization_config") is None and quantised.is_file():
+            raw["quantization_config"] = read_json(quantised)
         for key in hf_overrides or {}:
             if key not in READ:
                 near = difflib.get_close_matches(key, READ, 1)

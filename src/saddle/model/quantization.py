@@ -100,12 +100,16 @@ def parse(raw: Mapping[str, Any], require: Require) -> Quantization:
     Args:
         require: raises, naming the key, what would be right and what there is, where its first argument is false.
     """
-    method = raw.get("quant_method")
+    if isinstance(raw.get("quantization"), Mapping):  # as in ModelOpt's own file
+        raw = {**raw, **raw["quantization"]}
+    method = raw.get("quant_method") or ("modelopt" if "quant_algo" in raw else None)
     known = '"fp8", "modelopt" (NVFP4) or "compressed-tensors" (4-bit), or quantization_config absent'
     require(method in ("fp8", "modelopt", "compressed-tensors"), f"{KEY}.quant_method", known, method)
     if method == "modelopt":
         algorithm = raw.get("quant_algo")
         require(algorithm == "NVFP4", f"{KEY}.quant_algo", '"NVFP4"', algorithm)
+        group = raw.get("group_size")
+        require(group in (None, NVFP4_GROUP), f"{KEY}.group_size", str(NVFP4_GROUP), group)
         name = "ignore" if raw.get("ignore") else "exclude_modules"
         return Quantization((1, NVFP4_GROUP), _patterns(raw.get(name), name, require), "nvfp4")
     return _fp8(raw, require) if method == "fp8" else _packed(raw, require)

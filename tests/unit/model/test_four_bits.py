@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def test_logits_are_those_of_the_dequantised_checkpoint(tmp_path: Path, kind: st
     assert relative_error(found, wanted) < 1e-5
     first, second = (Sequences(load_model(folder)).greedy("row", ids, 8, chunk=7) for folder in folders)
     assert first == second
+
+
+def test_a_file_of_its_own_says_how_weights_are_quantised(tmp_path: Path) -> None:
+    """Older exports of ModelOpt: config.json knows nothing of it."""
+    section = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16,
+               "exclude_modules": ["lm_head", "model.layers.*.self_attn*"]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SHAPE, fp8=False)))
+    quantised = tmp_path / "hf_quant_config.json"
+    quantised.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": section}))
+    found = ModelConfig.load(tmp_path).quantization
+    assert found is not None and found.kind == "nvfp4"
+    assert found.covers("model.layers.1.block_sparse_moe.experts.0.w1")
+    assert not found.covers("model.layers.1.self_attn.k_proj")
+    quantised.write_text(json.dumps({"quantization": section | {"quant_algo": "W4A16_AWQ"}}))
+    with pytest.raises(StartupError, match='quant_algo must be "NVFP4", got \'W4A16_AWQ\''):
+        ModelConfig.load(tmp_path)
 
 
 def test_swapped_halves_of_a_byte_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
