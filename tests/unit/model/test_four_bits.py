@@ -103,6 +103,16 @@ def test_a_file_of_its_own_says_how_weights_are_quantised(tmp_path: Path) -> Non
         ModelConfig.load(tmp_path)
 
 
+def test_a_group_that_names_its_modules_goes_before_one_that_takes_the_rest() -> None:
+    groups = KINDS["mixed-precision"][0]["config_groups"]
+    rest = groups["group_1"] | {"targets": ["Linear"]}
+    section = KINDS["mixed-precision"][0] | {"config_groups": {"a": rest, "b": groups["group_0"]}}
+    found = ModelConfig.from_dict(config_json(SHAPE, fp8=False) | {"quantization_config": section}).quantization
+    assert found is not None
+    kinds = [found.of(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "block_sparse_moe.experts.0.w2")]
+    assert [how.kind if how else None for how in kinds] == ["fp8-packed", "int4-packed"]
+
+
 def test_swapped_halves_of_a_byte_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "modelopt")
     ids = prompt(20, SHAPE.vocab_size)
