@@ -71,6 +71,8 @@ def test_a_rank_of_narrow_slices_holds_its_part(tmp_path: Path, kind: str) -> No
     w.load(tmp_path, config, layout, model, lambda share, note: None)
     wanted = expected(values, 0)["w2"][..., 192:]
     assert torch.allclose(model.layers[0].w2.transpose(-1, -2), wanted, rtol=1e-6, atol=0)
+    with pytest.raises(StartupError, match=r"needs a multiple of 128 columns, got 192\."):
+        packed.allocate(config, layout, CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)
