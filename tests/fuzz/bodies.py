@@ -18,7 +18,7 @@ part_lists = st.lists(st.builds(lambda text: {"type": "text", "text": text}, tex
 call = st.builds(lambda i, name, a: {"id": i, "type": "function", "function": {"name": name, "arguments": a}},
                  st.sampled_from(["a", "b"]), st.sampled_from(["ls", "cp"]),
                  mostly(st.sampled_from(['{"p": "x"}', "{}", {"p": "x"}, ""])))  # fmt: skip
-user = st.fixed_dictionaries({"role": st.just("user"), "content": mostly(texts | part_lists)})
+user = st.fixed_dictionaries({"role": mostly(st.just("user")), "content": mostly(texts | part_lists)})
 system = st.fixed_dictionaries({"role": st.sampled_from(["system", "developer"]), "content": mostly(texts)})
 assistant = st.fixed_dictionaries(
     {"role": st.just("assistant"), "content": mostly(texts | st.none())},
@@ -87,10 +87,10 @@ text_bodies = merged(
     st.fixed_dictionaries({"prompt": mostly(prompts)}, optional={"echo": st.booleans()}),
 )
 items = mostly(texts) | st.lists(mostly(st.fixed_dictionaries(
-    {"type": st.just("message"), "role": st.sampled_from(["user", "assistant", "system", "developer"]),
+    {"type": mostly(st.just("message")), "role": mostly(st.sampled_from(["user", "assistant", "system"])),
      "content": mostly(texts | st.lists(st.fixed_dictionaries({"type": st.just("input_text"), "text": texts})))},
 ) | st.fixed_dictionaries(
-    {"type": st.sampled_from(sorted(READ_ITEMS)), "call_id": st.sampled_from(["a", "b"]), "name": st.just("ls"),
+    {"type": mostly(st.sampled_from(sorted(READ_ITEMS))), "call_id": st.sampled_from(["a", "b"]), "name": st.just("ls"),
      "arguments": mostly(st.just('{"p": "x"}')), "output": mostly(texts), "role": st.just("assistant"),
      "content": mostly(st.lists(st.fixed_dictionaries({"type": st.just("reasoning_text"), "text": texts}), max_size=1)),
      "summary": st.just([])},
