@@ -72,6 +72,17 @@ def test_experts(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @in_interpreter
+@pytest.mark.parametrize("size", [6, 40])
+def test_tiny_scales_lose_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up near 1e-5: what lies between the products is near 1e-10, and is quantised as well as any other."""
+    torch.manual_seed(size)
+    few_up_to(20, monkeypatch)
+    w13, w2 = weight(2 * INNER, WIDTH, True), weight(WIDTH, INNER)
+    tiles.scale_view(w13).mul_(1e-6)
+    assert run(size, CHIP, w13, w2, torch.float8_e4m3fn) < FP8_ERROR
+
+
+@in_interpreter
 def test_fp8_weights_are_widened_without_fp8_units() -> None:
     torch.manual_seed(0)
     w13, w2 = weight(2 * INNER, WIDTH, True), weight(WIDTH, INNER)
