@@ -100,7 +100,9 @@ def test_work_space_is_known_before() -> None:
 
 @pytest.mark.parametrize(("change", "named"), [
     ({}, None),
-    ({"quantization_config": None}, "need FP8 weights"),
+    ({"quantization_config": None}, None),
+    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "layers.1"]}},
+     "model.layers.1.self_attn.q_proj is not stored as model.layers.0.self_attn.q_proj is"),
 ])  # fmt: skip
 def test_what_cannot_run_is_named(change: dict[str, Any], named: str | None) -> None:
     raw = config_json(M2_LIKE, fp8=True) | change
