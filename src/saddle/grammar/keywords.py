@@ -104,6 +104,8 @@ def check_form(key: str, value: Any, path: tuple[str, ...]) -> None:
         require(key != "required" or all(isinstance(name, str) for name in value), "a list of names")
     elif key == "pattern":
         require(isinstance(value, str), "a regular expression")
+    elif key == "format":
+        require(isinstance(value, str), "the name of a format")
     elif key == "type":
         named = [value] if isinstance(value, str) else value
         require(isinstance(named, list) and bool(named) and all(isinstance(kind, str) for kind in named),

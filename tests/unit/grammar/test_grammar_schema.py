@@ -125,6 +125,8 @@ def deep(levels: int) -> dict[str, Any]:
         (deep(60), "properties.a"),
         ({"type": "object", "properties": {f"p{number}": {} for number in range(5000)}}, "properties.p"),
         ({"allOf": [{"anyOf": [{"minimum": n} for n in range(9)]}, {"anyOf": [{"maximum": n} for n in range(9)]}]}, ""),
+        ({"anyOf": [{"type": "string", "format": []}]}, "anyOf.0.format"),
+        ({"type": ["string", []]}, "type"),
     ],
 )
 def test_refused_with_the_path(schema: Any, path: str) -> None:
