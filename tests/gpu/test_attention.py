@@ -57,8 +57,7 @@ def decode(case: Case, work: paged_decode.DecodeWork, fused: bool, a8: bool) -> 
 
 
 def work_for(case: Case) -> paged_decode.DecodeWork:
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    return paged_decode.DecodeWork.allocate(len(case.lens), case.kv_heads, sms, torch.device("cuda"))
+    return paged_decode.DecodeWork.allocate(len(case.lens), case.kv_heads, detect(), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

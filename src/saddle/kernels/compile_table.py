@@ -8,7 +8,6 @@ all families and to look at the machine code without a device.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -171,8 +170,7 @@ def _attention(kind: str, target: Target) -> None:
     qkv, q = empty(rows, QKV_WIDTH, dtype=torch.bfloat16), empty(rows, HEADS_WIDTH, dtype=torch.bfloat16)
     q_norm, k_norm, out = empty(HEADS_WIDTH), empty(8 * 128), activation(target, rows, HEADS_WIDTH)
     qk_rope.qk_rope_write(qkv, q_norm, k_norm, 1e-6, table, table, ids, empty(rows, dtype=torch.int64), kv, q, pdl)
-    work = paged_decode.DecodeWork.allocate(rows, 8, target.num_sms, torch.device("meta"))
-    work = dataclasses.replace(work, has_converter=target.is_cuda)
+    work = paged_decode.DecodeWork.allocate(rows, 8, target, torch.device("meta"))
     paged_decode.plan_decode(ids, work, rows, pdl)
     paged_decode.decode_fused(qkv, q_norm, k_norm, 1e-6, table, table, kv, tables, ids, ids, work, rows, out, pdl)
     paged_decode.decode(q, kv, tables, ids, ids, work, rows, out, pdl)

@@ -31,6 +31,7 @@ from saddle.kernels.qk_rope import QUERY_SCALE
 
 if TYPE_CHECKING:
     from saddle.kernels.quant import Activation
+    from saddle.kernels.target import Target
 
 # Programs a multiprocessor holds at once: with 32 KB of K and V a stage, two keep enough bytes in flight.
 PROGRAMS_PER_SM = 2
@@ -44,9 +45,10 @@ MAX_CUT, FEW_ROWS = 4, 8
 ITEM_FIELDS = 8  # of an item: row (-1: none), first block, number of blocks, first item of the row, items of the row
 HEADS_UP = 16  # query heads of a KV head, rounded up to the tensor cores' rows
 PARTIAL_HEADS = 8  # of those, stored in partial results
-# Stages of the pipeline over a program's tiles of 32 KB: of one block in bf16, of two in FP8. Three tiles in flight and
-# one in use leave room for two programs a multiprocessor and no third, which the cut of the items does not count on.
-STAGES = 4
+# Keys and values of a turn: of one block in bf16, of two in FP8. Bytes of a program's shared memory beside them.
+TILE_BYTES, OTHER_BYTES = 32 * 1024, 10 * 1024
+# Three tiles in flight and one in use saturate an H100 with two programs a multiprocessor.
+MAX_STAGES = 4
 FP8_TILE = 128
 NUM_WARPS = 4
 
@@ -61,6 +63,7 @@ class DecodeWork:
     counters   [max_rows * kv_heads] int32, zero between launches
     target_items   items that fill the chip
     num_slots      programs that the chip holds at once
+    num_stages     of a program's pipeline over its tiles
     has_converter  NVIDIA's instruction that makes two float16 of two FP8 numbers (sm_89 and later)
     """
 
@@ -70,6 +73,7 @@ class DecodeWork:
     counters: torch.Tensor
     target_items: int
     num_slots: int
+    num_stages: int
     has_converter: bool
 
     def max_items(self, num_rows: int) -> int:
@@ -77,21 +81,24 @@ class DecodeWork:
         return self.target_items * _cut(num_rows) + num_rows
 
     @classmethod
-    def allocate(cls, max_rows: int, num_kv_heads: int, num_sms: int, device: torch.device) -> DecodeWork:
-        slots = num_sms * PROGRAMS_PER_SM
-        target = max(1, slots // num_kv_heads)
-        count = target * _cut(max_rows) + max_rows
+    def allocate(cls, max_rows: int, num_kv_heads: int, target: Target, device: torch.device) -> DecodeWork:
+        slots = target.num_sms * PROGRAMS_PER_SM
+        items = max(1, slots // num_kv_heads)
+        count = items * _cut(max_rows) + max_rows
+        # Stages that leave room for all programs of a multiprocessor, and for no more: items are not cut for more.
+        tiles = (target.shared_bytes // PROGRAMS_PER_SM - OTHER_BYTES) // TILE_BYTES
         return cls(
             torch.full((count, ITEM_FIELDS), -1, dtype=torch.int32, device=device),
             torch.zeros(count, num_kv_heads, PARTIAL_HEADS, HEAD_DIM, device=device),
             torch.zeros(2, count, num_kv_heads, HEADS_UP, device=device),
             torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device),
-            target, slots, device.type == "cuda" and torch.version.hip is None,
+            items, slots, min(max(2, tiles + 1), MAX_STAGES),
+            target.capability >= 89 and device.type != "cpu",  # the interpreter knows no machine code
         )  # fmt: skip
 
     @classmethod
-    def bytes_for(cls, max_rows: int, num_kv_heads: int, num_sms: int) -> int:
-        return cls.allocate(max_rows, num_kv_heads, num_sms, torch.device("meta")).num_bytes
+    def bytes_for(cls, max_rows: int, num_kv_heads: int, target: Target) -> int:
+        return cls.allocate(max_rows, num_kv_heads, target, torch.device("meta")).num_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -392,7 +399,7 @@ def _launch(
         source, q_norm, k_norm, eps, cos, sin, QUERY_SCALE, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables,
         block_tables.stride(0), row_ids, context_lens, work.items, work.partial, work.stats, work.stats.stride(0),
         work.counters, out.data, out.scale, kv_heads, group, _piece_of(num_heads), _piece_of(kv_heads),
-        STAGES, FP8_TILE, CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, work.has_converter, fused,
+        work.num_stages, FP8_TILE, CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, work.has_converter, fused,
         out.scale is not None, pdl, num_warps=NUM_WARPS, **options,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer, swizzled
 
+NUM_WARPS = 8
 # Scores are q k / sqrt(head_dim) and softmax is computed with exp2: both factors go into q.
 QUERY_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
 
@@ -146,5 +147,5 @@ def qk_rope_write(
         qkv, q_norm, k_norm, eps, cos, sin, positions, slots, kv.data, kv.scales, kv.k_scale, kv.v_scale, q_out,
         QUERY_SCALE, num_heads, triton.next_power_of_2(num_heads), num_kv_heads,
         triton.next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl,
-        num_warps=8 if num_heads > 16 else 4, **options,
+        num_warps=NUM_WARPS if num_heads > 16 else 4, **options,
     )  # fmt: skip

@@ -111,7 +111,7 @@ class Workspace:
         needed = [self._lay_out(step, None, None)[2].used for step in steps]
         self._pairs = torch.zeros(max(needed), dtype=torch.uint8, device=device)
         self.router = RouterWork.allocate(tokens, hidden, config.num_experts, config.num_experts_per_tok, device)
-        self.decode = DecodeWork.allocate(rows, config.num_kv_heads, target.num_sms, device)
+        self.decode = DecodeWork.allocate(rows, config.num_kv_heads, target, device)
         self.prefill = PrefillWork.allocate(target, device)
         self.hidden = torch.zeros(rows, hidden, dtype=torch.bfloat16, device=device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
 
 from saddle.kernels import paged_decode, qk_rope, quant
 from saddle.kernels.paged_kv import HEAD_DIM, read_tokens
+from saddle.kernels.target import Target, of_arch
 from tests.support.interpreted import in_interpreter, outside, run_file
 from tests.support.paged_attention import EPS, Case, make_case, reference, relative_error, split
 
@@ -16,8 +19,12 @@ CPU = torch.device("cpu")
 LIMITS = {"fp16": 5e-3, "fp8": 0.15, "fp8_dynamic": 0.08}
 
 
+def chip(num_sms: int) -> Target:
+    return dataclasses.replace(of_arch("sm_90"), num_sms=num_sms)
+
+
 def work_for(case: Case, num_sms: int = 4) -> paged_decode.DecodeWork:
-    work = paged_decode.DecodeWork.allocate(len(case.lens) + 1, case.kv_heads, num_sms, CPU)
+    work = paged_decode.DecodeWork.allocate(len(case.lens) + 1, case.kv_heads, chip(num_sms), CPU)
     for scratch in (work.partial, work.stats):
         scratch.fill_(torch.nan)
     return work
@@ -77,7 +84,7 @@ def test_quantised_output() -> None:
     ([17 * row for row in range(64)], 20), ([2048] * 128, 132), ([204800], 132),
 ], ids=str)  # fmt: skip
 def test_items_cover_every_block_once(lens: list[int], num_sms: int) -> None:
-    work = paged_decode.DecodeWork.allocate(len(lens) + 2, 8, num_sms, CPU)
+    work = paged_decode.DecodeWork.allocate(len(lens) + 2, 8, chip(num_sms), CPU)
     paged_decode.plan_decode(torch.tensor([*lens, 999, 999], dtype=torch.int32), work, len(lens))
     items = [item[:5] for item in work.items.tolist() if item[0] >= 0]
     wanted = [(row, block) for row, length in enumerate(lens) for block in range(-(-length // 64))]
@@ -98,7 +105,7 @@ def test_items_cover_every_block_once(lens: list[int], num_sms: int) -> None:
 def test_cuts_leave_no_ragged_end(num_rows: int, blocks: int, limit: int) -> None:
     """Equal rows over a chip of 264 programs: rounds of programs times the longest item, in blocks. 24 rows of 32
     blocks cut in two would take two rounds of 16; 8 rows of 512 blocks cut by 125 would be 40 items for 33 places."""
-    work = paged_decode.DecodeWork.allocate(num_rows, 8, 132, CPU)
+    work = paged_decode.DecodeWork.allocate(num_rows, 8, chip(132), CPU)
     paged_decode.plan_decode(torch.full((num_rows,), 64 * blocks, dtype=torch.int32), work, num_rows)
     sizes = [item[2] for item in work.items.tolist() if item[0] >= 0]
     rounds = -(-len(sizes) * 8 // work.num_slots)
@@ -121,5 +128,12 @@ def test_planted_values_need_dynamic_scales() -> None:
 
 @outside
 def test_bytes_are_known_before_allocation() -> None:
-    work = paged_decode.DecodeWork.allocate(7, 2, 20, CPU)
-    assert work.num_bytes == paged_decode.DecodeWork.bytes_for(7, 2, 20)
+    work = paged_decode.DecodeWork.allocate(7, 2, chip(20), CPU)
+    assert work.num_bytes == paged_decode.DecodeWork.bytes_for(7, 2, chip(20))
+
+
+@outside
+@pytest.mark.parametrize(("arch", "stages"), [("sm_80", 3), ("sm_89", 2), ("sm_90", 4), ("sm_120", 2), ("gfx942", 2)])
+def test_two_programs_fit_a_multiprocessor(arch: str, stages: int) -> None:
+    target = of_arch(arch)
+    assert paged_decode.DecodeWork.allocate(1, 8, target, torch.device("meta")).num_stages == stages
