@@ -12,8 +12,13 @@ from tests.unit.server.test_anthropic_any_body import mostly, values
 texts = st.text(max_size=6) | st.sampled_from(["", "<think>", "</think>", "]~b]ai", "\ud83d\ude00", "a b"])
 SCHEMA = {"type": "object", "properties": {"p": {"type": "string"}, "n": {"type": "integer"}}, "required": ["p"]}
 CLOSED = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "additionalProperties": False}
-SCHEMAS = st.sampled_from([SCHEMA, CLOSED, {"enum": [1, "a"]}, {"type": "string", "pattern": "^a+$"}, {"not": {}},
-                           {"$ref": "#"}])  # fmt: skip
+plain = st.sampled_from([SCHEMA, CLOSED, {"enum": [1, "a"]}, {"type": "string", "pattern": "^a+$"}, {"not": {}},
+                         {"$ref": "#"}, {"type": "string"}])  # fmt: skip
+KEYWORDS = ("type", "format", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "properties", "items",
+            "required", "pattern", "minLength", "maximum", "multipleOf", "additionalProperties", "prefixItems")  # fmt: skip
+bent = st.builds(lambda schema, key, value: {"anyOf": [{**schema, key: value}]}, plain, st.sampled_from(KEYWORDS),
+                 values)  # fmt: skip
+SCHEMAS = plain | bent
 part_lists = st.lists(st.builds(lambda text: {"type": "text", "text": text}, texts), max_size=2)
 call = st.builds(lambda i, name, a: {"id": i, "type": "function", "function": {"name": name, "arguments": a}},
                  st.sampled_from(["a", "b"]), st.sampled_from(["ls", "cp"]),
