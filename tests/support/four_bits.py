@@ -77,6 +77,9 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[..., tuple[Stored, torch.Tensor]
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.*.self_attn*",
                                                                        "*block_sparse_moe.gate"]},
         lambda name, rows, columns: nvfp4(name, rows, columns, False), NibbleTiles("e2m1", 16)),
+    "modelopt-attention": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*block_sparse_moe.gate"]},
+        lambda name, rows, columns: nvfp4(name, rows, columns, False), NibbleTiles("e2m1", 16)),
     "nvfp4-pack-quantized": (
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
          "config_groups": weights_group(type="float", group_size=16),

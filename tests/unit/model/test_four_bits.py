@@ -13,7 +13,7 @@ from model_support import Sequences, load_model, prompt, relative_error
 
 from saddle.errors import CheckpointError, StartupError
 from saddle.kernels import nibbles, tiles
-from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, NibbleTiles
+from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, NibbleTiles, TileFormat
 from saddle.model import packed
 from saddle.model import weights as w
 from saddle.model.config import ModelConfig
@@ -22,6 +22,12 @@ from tests.support.checkpoint import config_json
 from tests.support.four_bits import KINDS, SHAPE, expected, weights_group, write, write_values
 
 CPU, ONE = torch.device("cpu"), ParallelLayout()
+# Where attention is quantised too.
+ATTENTION: dict[str, TileFormat] = {
+    "modelopt-attention": NibbleTiles("e2m1", 16),
+    "pack-quantized-32": NibbleTiles("int4", 32),
+    "mixed-precision": Fp8Tiles(),
+}
 
 
 def dequantise(matrix: tiles.PackedMatrix) -> torch.Tensor:
@@ -36,7 +42,7 @@ def test_values_arrive(tmp_path: Path, kind: str) -> None:
     packed.load(tmp_path, config, ONE, model, lambda share, note: None)
     plain = w.allocate(config, ONE, torch.float32, CPU)
     w.load(tmp_path, config, ONE, plain, lambda share, note: None)
-    attention = {"pack-quantized-32": NibbleTiles("int4", 32), "mixed-precision": Fp8Tiles()}.get(kind, Bf16Tiles())
+    attention = ATTENTION.get(kind, Bf16Tiles())
     for number, layer in enumerate(model.layers):
         assert (layer.w13.format, layer.w2.format) == (KINDS[kind][2], KINDS[kind][2])
         assert (layer.qkv.format, layer.o.format) == (attention, attention)
@@ -46,7 +52,7 @@ def test_values_arrive(tmp_path: Path, kind: str) -> None:
             assert torch.allclose(getattr(plain.layers[number], name).transpose(-1, -2), wanted, rtol=1e-6, atol=0)
     lines = packed.formats(config, ONE).lines
     assert any(line.startswith("weight tiles: 4 bits, the checkpoint's own numbers and scales") for line in lines)
-    assert len(lines) == (1 if kind == "pack-quantized-32" else 2)
+    assert len(lines) == (1 if isinstance(attention, NibbleTiles) else 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
