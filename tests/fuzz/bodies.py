@@ -15,7 +15,8 @@ CLOSED = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "additionalPr
 plain = st.sampled_from([SCHEMA, CLOSED, {"enum": [1, "a"]}, {"type": "string", "pattern": "^a+$"}, {"not": {}},
                          {"$ref": "#"}, {"type": "string"}])  # fmt: skip
 KEYWORDS = ("type", "format", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "properties", "items",
-            "required", "pattern", "minLength", "maximum", "multipleOf", "additionalProperties", "prefixItems")  # fmt: skip
+            "required", "pattern", "minLength", "maximum", "multipleOf", "additionalProperties",
+            "prefixItems")  # fmt: skip
 bent = st.builds(lambda schema, key, value: {"anyOf": [{**schema, key: value}]}, plain, st.sampled_from(KEYWORDS),
                  values)  # fmt: skip
 SCHEMAS = plain | bent
