@@ -148,13 +148,15 @@ def _steps(engine: EngineConfig, given: Mapping[str, Any]) -> int:
     points = {name: given[flag] for name, flag in renamed.items() if flag in given}
     lines: Iterator[dict[str, Any]]
     if given["benchmark"] == "step":
-        from saddle.perf import step
+        from saddle.perf.step import StepSpec
+        from saddle.perf.step import run as run_steps
 
-        lines = step.run(engine, step.StepSpec(uniform=routing == "uniform", **points), progress)
+        lines = run_steps(engine, StepSpec(uniform=routing == "uniform", **points), progress)
     else:
-        from saddle.perf import kernels
+        from saddle.perf.kernels import KernelSpec
+        from saddle.perf.kernels import run as run_kernels
 
-        lines = kernels.run(engine, kernels.KernelSpec(uniform=routing == "uniform", **points))
+        lines = run_kernels(engine, KernelSpec(uniform=routing == "uniform", **points))
     names: list[str] = []
     for line in lines:
         if given.get("json", False):
