@@ -248,14 +248,14 @@ def _down_many_kernel(
 def up_block(num_tokens: int, w13: PackedMatrix, target: Target) -> Block:
     """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
     many = num_tokens > MAX_FEW_TOKENS
-    block = Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else Block(256, FEW_UNIT_TOKENS, 64, 8, 8)
-    return choose("up", num_tokens, w13, target, block)
+    few = Block(256, FEW_UNIT_TOKENS, 64, 6 if num_tokens <= 16 else 8, 8)
+    return choose("up", num_tokens, w13, target, Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else few)
 
 
 def down_block(num_tokens: int, w2: PackedMatrix, target: Target) -> Block:
     """Tiles of `down`."""
     many = num_tokens > MAX_FEW_TOKENS
-    few = Block(128, FEW_UNIT_TOKENS, 128, 6 if num_tokens <= 16 else 8, 8)
+    few = Block(128, FEW_UNIT_TOKENS, 64, 6 if num_tokens <= 16 else 8, 8)
     return choose("down", num_tokens, w2, target, Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else few)
 
 

@@ -99,7 +99,7 @@ def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
     size = bucket(num_tokens)
     bm = max(16, size)
     if isinstance(w.format, Bf16Tiles):
-        block = Block(128, bm, 128, 3, 8) if size > 8 else Block(64, bm, 128, 4, 4)
+        block = Block(128, bm, 32, 10, 8)  # a step of one tile: a warp reads 512 adjacent bytes
     elif w.num_rows >= 64 * target.num_sms // 2:
         block = Block(32 if size <= 16 else 64, bm, 128, 5, 4)
     else:
@@ -109,7 +109,13 @@ def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
 
 def many_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
     """Tiles for more tokens; a program's rows of the weight are two products."""
-    block = Block(256, 128 if num_tokens > 256 else 64, 128, 4, 8)
+    size = bucket(num_tokens)
+    tall = triton.cdiv(size, 256) * (w.num_rows // 128)
+    # Tall tiles load least a product, if they occupy nine tenths of the chip to the end.
+    if size > 256 and tall >= 0.9 * target.num_sms * triton.cdiv(tall, target.num_sms):
+        block = Block(128, 256, 128, 3, 8)
+    else:
+        block = Block(128, 128, 128, 4, 8) if size > 256 else Block(256, 64, 128, 4, 8)
     if not takes_fp8(w, target):
         block = Block(128, 128, 64, 4, 8)
     return choose("many", num_tokens, w, target, block)

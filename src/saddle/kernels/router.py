@@ -304,10 +304,8 @@ class Slicing:
 def slicing(num_tokens: int, width: int, num_experts: int) -> Slicing:
     """Programs for every multiprocessor, and no more partial sums than that takes. Found on an H100."""
     padded = triton.next_power_of_2(num_experts)
-    if num_tokens <= 32:
+    if num_tokens <= 64:
         columns, be, bm, warps = 64, 64, 16, 4
-    elif num_tokens <= 64:
-        columns, be, bm, warps = 64, 128, 32, 4
     elif num_tokens <= MAX_FUSED_TOKENS:
         columns, be, bm, warps = 32, padded, 16, 4
     else:
