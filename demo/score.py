@@ -52,12 +52,12 @@ def misses(results: dict[str, list[tuple[Case, Reply]]], most: int) -> Iterator[
 
 
 def score_run(run: Path, count: int, tokenizer_file: Path, show: int) -> Score:
-    """All four settings at once, a process each: on a GPU a step of so small a model is all launches."""
+    """Two settings at once, a process each: on a GPU a step of so small a model is all launches."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     settings = [(weights, temperature) for weights in ("fp32", "fp8") for temperature in (0.0, SAMPLED)]
-    with ProcessPoolExecutor(len(settings), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_score_setting, run, count, tokenizer_file, show, *setting) for setting in settings]
         return dict(job.result() for job in jobs)
 

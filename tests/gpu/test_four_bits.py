@@ -83,7 +83,7 @@ def test_shifted_scales_are_seen() -> None:
 M2 = Shape(4096, 3072, 2, 48, 8, 128, 32, 8, 1536, 204800)
 TOKENS = 96
 # As test_model.py: bf16 activations 0.004, FP8 ones 0.018 on an H100, for the same random lm_head.
-MOST_KL = {kind: 0.03 if kind == "mixed-precision" else 0.01 for kind in KINDS}
+MOST_KL = {kind: 0.02 if kind == "mixed-precision" else 0.01 for kind in KINDS}
 
 
 def dequantise(matrix: PackedMatrix) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_two_layers_against_plain_torch(kind: str) -> None:
     assert kl < MOST_KL[kind] and agreement > 0.9
     # The threshold notices scales that are those of the group beside.
     scales = nibbles.scale_view(weights.layers[0].w2)
-    scales.copy_(scales.roll(1, -1).clone())
+    scales.view(torch.uint8).copy_(scales.view(torch.uint8).roll(scales.element_size(), -1).clone())
     wrong, _ = divergence(Steps(model).step({0: ids})[0], expected)
     print(f"with shifted scales in one layer's w2: KL {wrong:.5f}")
     assert wrong > MOST_KL[kind]

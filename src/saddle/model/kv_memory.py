@@ -91,6 +91,7 @@ class KVMemory:
         scales = 0 if self.scales is None else self.scales.numel() * 4
         return self.data.numel() * self.data.element_size() + scales
 
+    @torch.inference_mode()
     def randomise(self, seed: int) -> None:
         """Fill with numbers of standard deviation 1, as normalised keys have it: what benches read in place of
         prompts that nobody computed."""
