@@ -150,6 +150,7 @@ class FusedPath:
         self._batcher = DeviceBatcher(self.rows, longest)
         self._sampler = DeviceSampler(self.rows, self._num_valid, self._eos_ids)
         self.kv_blocks = info.num_blocks
+        self._max_tokens, self._longest = info.max_num_batched_tokens, longest
         self._graphs = DecodeGraphs(self._config.compile.capture_sizes(info.max_num_seqs))
 
     # warming up --------------------------------------------------------------------------------------------------
@@ -164,6 +165,8 @@ class FusedPath:
         for number, length in enumerate(lengths):
             on_progress("warming up", number / (2 * len(lengths)), f"a prompt of {length} tokens")
             self._run_prompt(length, params if number == 0 else SamplingParams())
+        self._run_rows(num_tokens)
+        self._run_late()
         self._run_mixed(min(num_tokens, 8))
         self._batcher.pad()
         largest = max(self._graphs.sizes, default=0)
@@ -187,6 +190,34 @@ class FusedPath:
         mask = StepMask(-1, [0], [everything]) if params.logprobs is not None else None
         for count in (length, 1):
             self.sample(self.forward([RowWork(0, 0, count, 0, [], True, length + 1)]), mask)()
+        self.rows.epochs[0] = -1
+
+    def _run_rows(self, longest: int) -> None:
+        """Steps of more tokens than one prompt has: several prompts, in one block that they all overwrite."""
+        sizes = [1 << power for power in range(longest.bit_length(), self._max_tokens.bit_length())]
+        for size in [*sizes, self._max_tokens]:
+            num_rows = -(-size // longest)
+            if longest < size <= self._max_tokens and num_rows <= len(self.rows.epochs):
+                self._run_prompts([size // num_rows] * num_rows)
+
+    def _run_prompts(self, lengths: list[int]) -> None:
+        for row, length in enumerate(lengths):
+            blocks = [0] * -(-length // self.rows.block_size)
+            self.admit(RowAdmit(row, 0, [0] * length, length, 0, blocks, SamplingParams(), 0))
+        work = [RowWork(row, 0, length, 0, [], True, length) for row, length in enumerate(lengths)]
+        self.sample(self.forward(work), None)()
+        self.rows.epochs[: len(lengths)] = [-1] * len(lengths)
+
+    def _run_late(self) -> None:
+        """A few new tokens behind the longest context, whose keys are attended in parts."""
+        block_size = self.rows.block_size
+        computed = (self._longest - 1) // block_size * block_size - block_size
+        if computed <= 0:
+            return
+        length = computed + block_size
+        blocks = [0] * (length // block_size)
+        self.admit(RowAdmit(0, 0, [0] * length, length, computed, blocks, SamplingParams(), 0))
+        self.sample(self.forward([RowWork(0, 0, block_size, 0, [], True, length)]), None)()
         self.rows.epochs[0] = -1
 
     def _run_mixed(self, length: int) -> None:

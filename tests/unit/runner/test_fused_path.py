@@ -79,7 +79,8 @@ class Model:
             if position >= 0:
                 self.slots[slot] = token, position
         for index, row in enumerate(inputs.row_ids.tolist()):
-            self._check_context(inputs, index, row)
+            if any(tokens):  # a prompt of zeros is a warm-up's: the context that it claims was never written
+                self._check_context(inputs, index, row)
         chosen = inputs.logit_index.tolist()
         return torch.tensor([[tokens[index], positions[index]] for index in chosen], dtype=torch.float32)
 
