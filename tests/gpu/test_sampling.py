@@ -76,7 +76,7 @@ def test_ids_come_as_often_as_they_should() -> None:
     cells = expected >= 5
     distance = float(((counts[cells] - expected[cells]) ** 2 / expected[cells]).sum())
     freedom = int(cells.sum()) - 1
-    assert freedom > 10 and distance < freedom + 5 * (2 * freedom) ** 0.5
+    assert freedom > 5 and distance < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def test_logits_that_are_no_numbers_give_an_id_that_exists() -> None:
