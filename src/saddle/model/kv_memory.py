@@ -14,21 +14,26 @@ import torch
 
 from saddle.errors import StartupError
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
+from saddle.kernels.target import Target
 from saddle.model.config import ModelConfig
 
 # `--kv-cache-dtype` -> kind.
 KINDS = {"auto": "bf16", "bfloat16": "bf16", "fp8": "fp8", "fp8_e4m3": "fp8", "fp8_dynamic": "fp8_dynamic"}
 
 
-def kind_of(kv_cache_dtype: str) -> str:
+def kind_of(kv_cache_dtype: str, target: Target) -> str:
     """The kind that `--kv-cache-dtype` asks for.
 
     Raises:
-        StartupError: the GPU kernels have no such memory.
+        StartupError: the GPU kernels have no such memory, or this GPU cannot convert it.
     """
     if kv_cache_dtype not in KINDS:
         raise StartupError(f"--kv-cache-dtype must be one of {', '.join(KINDS)} on a GPU, got {kv_cache_dtype!r}.")
-    return KINDS[kv_cache_dtype]
+    kind = KINDS[kv_cache_dtype]
+    if kind != "bf16" and not target.has_fp8_dot:
+        raise StartupError(f"--kv-cache-dtype {kv_cache_dtype} needs a GPU that converts FP8 (sm_89 or newer), "
+                           f"{target.name} is {target.arch}. bfloat16 would work.")  # fmt: skip
+    return kind
 
 
 @dataclass(frozen=True, slots=True)

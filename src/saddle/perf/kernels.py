@@ -97,7 +97,7 @@ class Bench:
         folder = Path(resolve_model(config.load.model, config.load.revision, config.load.download_dir))
         self.config = ModelConfig.load(folder, config.load.hf_overrides)
         self.target, device = detect(), torch.device("cuda")
-        self.kind = kind_of(config.cache.kv_cache_dtype)
+        self.kind = kind_of(config.cache.kv_cache_dtype, self.target)
         self.weights = packed.allocate(self.config, ParallelLayout(), device, self.target.is_fnuz)
         packed.dummy(self.weights, config.load.seed)
         longest = max((*spec.contexts, *spec.prompts))

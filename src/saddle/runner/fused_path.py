@@ -95,7 +95,7 @@ class FusedPath:
         self._config, self._shape, self._target, self._device = config, shape, target, device
         self._num_valid = min(num_valid_tokens or shape.vocab_size, shape.vocab_size)
         self._eos_ids = GenerationConfig.load(folder).eos_ids
-        self._kind = kind_of(config.cache.kv_cache_dtype)
+        self._kind = kind_of(config.cache.kv_cache_dtype, target)
         self._weights = packed.allocate(shape, layout, device, fnuz=target.is_fnuz)
         self.uniform_routing = config.load.load_format == "dummy"
         if self.uniform_routing:
