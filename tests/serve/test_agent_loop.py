@@ -47,12 +47,6 @@ def server(folder: Path) -> Iterator[ServerProcess]:
     assert server.leaves_no_process()
 
 
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     for index, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.serve.conftest import served
 from tests.serve.processes import ServerProcess
 
 HI: list[Any] = [{"role": "user", "content": "What is 2 plus 2?"}]
@@ -16,18 +17,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    server = ServerProcess(["--max-model-len", "1024", "--disable-uvicorn-access-log"])
-    yield server
-    server.wait_idle()
-    assert server.stop() == 0, server.log()
-    assert server.leaves_no_process()
-    assert "Traceback" not in server.log()
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
-        yield client
+    with served("--max-model-len", "1024", "--disable-uvicorn-access-log") as server:
+        yield server
 
 
 def chat(client: openai.OpenAI, messages: list[Any] = HI, **extra: Any) -> Any:

@@ -29,12 +29,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     assert "Traceback" not in server.log()
 
 
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def greedy(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(model="saddle-test", messages=HI, temperature=0, **fields)
 

@@ -27,12 +27,6 @@ def server(tokenizer_folder: Path) -> Iterator[ServerProcess]:
     assert "Traceback" not in server.log()
 
 
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def respelt(arguments: str) -> str:
     """The same arguments as another JSON library writes them."""
     value = json.loads(arguments)

@@ -18,6 +18,7 @@ import openai
 import pydantic
 import pytest
 
+from tests.serve.conftest import served
 from tests.serve.processes import ServerProcess
 from tests.unit.grammar.grammar_support import Case, bfcl_cases
 
@@ -48,18 +49,8 @@ TOOLS: list[Any] = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    server = ServerProcess(["--max-model-len", "2048", "--disable-uvicorn-access-log"])
-    yield server
-    server.wait_idle()
-    assert server.stop() == 0, server.log()
-    assert server.leaves_no_process()
-    assert "Traceback" not in server.log()
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.base + "/v1", api_key="none", max_retries=0) as client:
-        yield client
+    with served("--max-model-len", "2048", "--disable-uvicorn-access-log") as server:
+        yield server
 
 
 def chat(client: openai.OpenAI, seed: int = 0, budget: int | None = 6, **fields: Any) -> Any:
