@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,27 @@ def test_what_the_config_gives(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert Tokenizer.load(tmp_path).chat_template == "a"
+
+
+def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
+    """A prompt that nobody sent before takes a second, and the event loop must not wait for it."""
+    text = "".join(f"line {number} of a long file\n" for number in range(40_000))
+    moments: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            moments.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.perf_counter()
+    ids = tokenizer.encode(text)
+    took = time.perf_counter() - began
+    done.set()
+    thread.join()
+    assert tokenizer.decode(ids) == text
+    within = [moment for moment in moments if moment >= began]
+    longest = max(after - before for before, after in zip([began, *within], [*within, began + took], strict=False))
+    assert longest < max(0.1, took / 3), f"{longest:.3f} of {took:.3f} s"
