@@ -74,6 +74,10 @@ def build_core(
     )
     eos_ids = GenerationConfig.load(folder).eos_ids
     grammar = build_grammar(tokenizer, info.vocab_size, eos_ids) if with_grammars else None
+    if grammar is not None and info.max_step_ms is not None:
+        # Where steps are to be short, a second of Python in another thread must not fall into the first of them.
+        on_progress("loading structured output", 0.0, "")
+        grammar.prepare()
     return EngineCore(executor, Scheduler(limits, eos_ids), info.plans_in_flight, grammar), info
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -198,6 +199,8 @@ def _run(build: BuildCore, link: Link) -> bool:
     try:
         link.send(Progress("starting", 0.0))
         core, info = build(lambda phase, share, note: link.send(Progress(phase, share, note)))
+        gc.collect()
+        gc.freeze()  # what the libraries made lives for ever; walking it would hold up steps for their own time
         link.send(EngineReady(info.max_model_len, info.block_size, info.num_blocks, info.vocab_size, info.lines))
         serve(core, link)
         return True

@@ -2,14 +2,15 @@
 
 The compiler takes a second or two to import and to learn the vocabulary, and most requests need none of it. So it is
 made when the first request with a grammar comes, or a while after the start, whichever is first; such a request waits
-for it, all others never do.
+for it, all others never do. An engine whose steps are shorter than that thread holds the interpreter's lock asks for
+it before it takes requests (`prepare`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -55,6 +56,11 @@ class DeferredBackend:
             self._made.set_result(self._make())
         except BaseException as error:  # whoever waits for it must hear of it
             self._made.set_exception(error)
+
+    def prepare(self) -> None:
+        """Build it now, and wait until it is there. What goes wrong is told to the requests that want it."""
+        self._wanted.set()
+        wait([self._made])
 
     def compile(self, spec: GrammarSpec) -> Future[Any]:
         """As `XGrammarBackend.compile`, but all that goes wrong comes by the future."""

@@ -7,6 +7,7 @@ endless streams, and stays until it is killed, or leaves without a word.
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from functools import partial
@@ -33,11 +34,19 @@ class BrokenExecutor(FakeExecutor):
         return super().collect(timeout_s)
 
 
-def build(on_progress: ProgressFn, step_s: float = 0.001, broken: bool = False) -> tuple[EngineCore, DeviceInfo]:
+class CountingExecutor(FakeExecutor):
+    """Its first step ends in an error that says how many objects the collector passes over."""
+
+    def collect(self, timeout_s: float | None) -> StepResult | None:
+        raise EngineError(f"{gc.get_freeze_count()} objects")
+
+
+def build(
+    on_progress: ProgressFn, step_s: float = 0.001, make: type[FakeExecutor] = FakeExecutor
+) -> tuple[EngineCore, DeviceInfo]:
     def duration(plan: StepPlan) -> float:
         return step_s
 
-    make = BrokenExecutor if broken else FakeExecutor
     device = make(from_function(token_at), num_blocks=20_000, block_size=16, max_model_len=LENGTH, vocab_size=VOCAB,
                   step_s=duration, verify=False)  # fmt: skip
     info = device.start(on_progress)
@@ -66,7 +75,8 @@ def build_and_crash(on_progress: ProgressFn) -> tuple[EngineCore, DeviceInfo]:
     raise ValueError("a bug")
 
 
-build_broken = partial(build, broken=True)
+build_broken = partial(build, make=BrokenExecutor)
+build_counting = partial(build, make=CountingExecutor)
 build_hanging = partial(build, step_s=60.0)
 
 

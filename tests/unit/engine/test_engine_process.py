@@ -174,6 +174,14 @@ async def test_a_device_that_breaks_ends_the_process_with_its_error() -> None:
         assert client._child.process.exitcode == 1
 
 
+async def test_what_the_start_made_is_not_walked_in_steps() -> None:
+    """A full collection of what torch brings along takes as long as many steps."""
+    async with running(engine_builds.build_counting) as client:
+        await client.submit(request("a", PROMPT, 50))
+        message = await client.wait_dead()
+        assert int(message.split()[-2]) > 10_000, message
+
+
 def start_parent(build: str, *args: str) -> tuple[subprocess.Popen[str], int]:
     """An API process of its own; returns it and the pid of its engine."""
     program = [sys.executable, engine_builds.__file__, build, *args]

@@ -119,3 +119,21 @@ def test_closed_before_it_was_made_it_never_is() -> None:
     backend.close()
     assert time.perf_counter() - began < 5
     assert not made
+
+
+def test_prepared_it_is_there_and_a_failure_waits_for_those_who_ask() -> None:
+    made: list[Made] = []
+    backend = DeferredBackend(lambda: made.append(Made()) or made[-1], NEVER_S)  # type: ignore[func-returns-value]
+    backend.prepare()
+    assert len(made) == 1
+    assert backend.fill(None) == bytes(4)
+    backend.close()
+
+    def fail() -> Made:
+        raise ImportError("no compiler")
+
+    broken = DeferredBackend(fail, NEVER_S)
+    broken.prepare()
+    with pytest.raises(ImportError):
+        broken.compile(SPEC).result(WAIT_S)
+    broken.close()
