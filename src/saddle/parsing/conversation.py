@@ -41,6 +41,7 @@ def normalise(messages: Sequence[Any], tools: Sequence[Any] | None = None) -> Co
     systems: list[str] = []
     turns: list[dict[str, Any]] = []
     extras: dict[str, Any] = {}
+    has_called = False
     for number, message in enumerate(messages):
         where = f"messages.{number}"
         _require(isinstance(message, dict), where, "an object with role and content", message)
@@ -54,9 +55,9 @@ def normalise(messages: Sequence[Any], tools: Sequence[Any] | None = None) -> Co
             turns.append({"role": "user", "content": text_of(message.get("content"), f"{where}.content")})
         elif role == "assistant":
             turns.append(_assistant(message, where))
+            has_called = has_called or "tool_calls" in turns[-1]
         else:
-            called = any(turn.get("tool_calls") for turn in turns)
-            if not called:
+            if not has_called:
                 raise InvalidRequest(f"{where}.role is tool, but no assistant message before it called a tool.",
                                      f"{where}.role")  # fmt: skip
             turns.append(_tool_result(message, where))
@@ -138,7 +139,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         name = function.get("name")
         _require(isinstance(name, str) and name != "", f"{inside}.function.name", "a non-empty string", name)
         arguments = _arguments(function.get("arguments"), f"{inside}.function.arguments")
-        found.append({"id": call.get("id"), "function": {"name": name, "arguments": arguments}})
+        found.append({"id": _call_id(call, "id", inside), "function": {"name": name, "arguments": arguments}})
     return found
 
 
@@ -157,7 +158,14 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
 
 def _tool_result(message: dict[str, Any], where: str) -> dict[str, Any]:
     content = text_of(message.get("content"), f"{where}.content")
-    return {"role": "tool", "tool_call_id": message.get("tool_call_id"), "content": content}
+    return {"role": "tool", "tool_call_id": _call_id(message, "tool_call_id", where), "content": content}
+
+
+def _call_id(part: dict[str, Any], field: str, where: str) -> str | None:
+    """Clients may leave ids out: then the order of results is all that tells what they belong to."""
+    call_id = part.get(field)
+    _require(call_id is None or isinstance(call_id, str), f"{where}.{field}", "a string", call_id)
+    return call_id
 
 
 def _order_results(turns: list[dict[str, Any]]) -> None:

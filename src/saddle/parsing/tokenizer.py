@@ -121,6 +121,10 @@ class Tokenizer:
         """Text of one token alone, empty for an id that is none."""
         return str(self._inner.decode([token_id], skip_special_tokens=False))
 
+    def token_texts(self, ids: list[int]) -> list[str]:
+        """Text of each token alone."""
+        return [self.token_text(token_id) for token_id in ids]
+
     def token_bytes(self, token_id: int) -> list[int]:
         """The bytes that a token stands for; a character may be spread over several tokens."""
         return list(self.raw(token_id))

@@ -108,7 +108,7 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         body = await read(request, TokenizeBody)
         facts.check_model(body.model)
         ids = await service.encode(_prompt(body))
-        strings = [service.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        strings = await service.apart(service.tokenizer.token_texts, ids) if body.return_token_strs else None
         return JSONReply({"count": len(ids), "max_model_len": facts.max_model_len, "tokens": ids,
                           "token_strs": strings})  # fmt: skip
 
@@ -118,7 +118,7 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         body = await read(request, DetokenizeBody)
         facts.check_model(body.model)
         facts.check_token_ids(body.tokens, "tokens")
-        return JSONReply({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return JSONReply({"prompt": await service.apart(service.tokenizer.decode, body.tokens, False)})
 
 
 def _prompt(body: TokenizeBody) -> ChatPrompt | TextPrompt:

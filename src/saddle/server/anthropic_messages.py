@@ -62,6 +62,8 @@ def to_turns(system: Any, messages: Sequence[Mapping[str, Any]], signer: Signer)
         reader.read(message, f"messages.{number}", lead)
     reader.place_waiting()
     turns = reader.turns
+    for turn in turns.messages:
+        _join(turn)
     if turns.ends_with_answer:
         _check_open(turns, f"messages.{len(messages) - 1}")
     if lead:
@@ -78,8 +80,15 @@ def _check_open(turns: Turns, where: str) -> None:
         turns.messages.pop()
 
 
+def _join(turn: dict[str, Any]) -> None:
+    """While turns are read their texts are lists of parts: a turn may be made of very many messages."""
+    turn["content"] = "".join(turn["content"])
+    if "reasoning_content" in turn:
+        turn["reasoning_content"] = "\n".join(turn["reasoning_content"])
+
+
 class _Reader:
-    """Reads one message after the other into turns."""
+    """Reads one message after the other into turns, whose texts `_join` puts together."""
 
     def __init__(self, signer: Signer) -> None:
         self.turns = Turns()
@@ -116,10 +125,10 @@ class _Reader:
     def _append(self, text: str, joint: str) -> None:
         """Text behind the user's turn or the last result; a user turn of its own behind a turn of the model."""
         if not self.turns.messages or self.turns.ends_with_answer:
-            self.turns.messages.append({"role": "user", "content": text})
+            self.turns.messages.append({"role": "user", "content": [text]})
             return
-        last = self.turns.messages[-1]
-        last["content"] = last["content"] + joint + text if last["content"] else text
+        content = self.turns.messages[-1]["content"]
+        content += [joint, text] if content else [text]
 
     def _user(self, content: Any, where: str) -> None:
         results: list[dict[str, Any]] = []
@@ -139,7 +148,7 @@ class _Reader:
         if last == "user" and texts:
             self._append("\n".join(texts), "\n")
         elif texts or (not results and last != "user"):
-            self.turns.messages.append({"role": "user", "content": "\n".join(texts)})
+            self.turns.messages.append({"role": "user", "content": ["\n".join(texts)] if texts else []})
 
     def _result(self, block: Mapping[str, Any], where: str) -> dict[str, Any]:
         call_id = block.get("tool_use_id")
@@ -150,11 +159,11 @@ class _Reader:
         text = "\n".join(texts_of(block.get("content"), f"{where}.content", self.turns))
         if block.get("is_error") is True and "error" not in text[:200].lower():
             text = f"Error: {text}"  # M2's tool turn has no other place for it
-        return {"role": "tool", "tool_call_id": call_id, "content": text}
+        return {"role": "tool", "tool_call_id": call_id, "content": [text] if text else []}
 
     def _assistant(self, content: Any, where: str) -> None:
         if not self.turns.ends_with_answer:
-            self.turns.messages.append({"role": "assistant", "content": ""})
+            self.turns.messages.append({"role": "assistant", "content": []})
         turn = self.turns.messages[-1]
         for inside, block in blocks_of(content, where):
             kind = block.get("type")
@@ -166,7 +175,7 @@ class _Reader:
             elif kind == "redacted_thinking":
                 self.turns.ignored.add(kind)
             else:
-                turn["content"] += "".join(text_of(block, inside, self.turns))
+                turn["content"] += text_of(block, inside, self.turns)
 
     def _thinking(self, turn: dict[str, Any], block: Mapping[str, Any], where: str) -> None:
         text, signature = block.get("thinking", ""), block.get("signature", "")
@@ -178,8 +187,7 @@ class _Reader:
         elif text and sealed != text and not self._signer.is_own(text, signature or ""):
             self.turns.num_foreign += 1
         if text:
-            before = turn.get("reasoning_content")
-            turn["reasoning_content"] = f"{before}\n{text}" if before else text
+            turn.setdefault("reasoning_content", []).append(text)
 
 
 def _call(block: Mapping[str, Any], where: str) -> dict[str, Any]:

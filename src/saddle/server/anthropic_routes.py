@@ -42,7 +42,8 @@ def anthropic_router(service: Service) -> APIRouter:
     @router.post("/v1/messages", responses=MESSAGE, openapi_extra=takes(MessagesBody))
     async def messages(request: Request) -> Response:
         facts, request_id = service.facts(), request.state.request_id
-        asked, prompt = anthropic.to_request(await read(request, MessagesBody), facts, signer, request_id)
+        body = await read(request, MessagesBody)
+        asked, prompt = await service.apart(anthropic.to_request, body, facts, signer, request_id)
         note(prompt)
         generation = await unless_gone(request.receive, service.open(asked.job))
         if asked.stream:
@@ -61,7 +62,7 @@ def anthropic_router(service: Service) -> APIRouter:
         """How many tokens the prompt of a message would have; nothing is generated."""
         facts = service.facts()
         body = await read(request, CountBody)
-        asked = anthropic.to_prompt(body, facts, signer)
+        asked = await service.apart(anthropic.to_prompt, body, facts, signer)
         note(asked)
         num_tokens = len(await service.encode(asked.prompt))
         counted: dict[str, object] = {"input_tokens": num_tokens}

@@ -116,7 +116,8 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
         reader.system(body.instructions)
     reader.add(earlier, "previous_response_id")
     reader.add(items)
-    if not any(message["role"] != "system" for message in reader.messages):
+    messages = reader.messages
+    if not any(message["role"] != "system" for message in messages):
         raise InvalidRequest("input must hold at least one message, it is empty.", "input")
     offer = _offer(body.tools or [])
     params = _params(body, facts)
@@ -127,7 +128,7 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
     max_thinking = 0 if thinks_not else None
     check_sampling(grammar, max_thinking, params)
     prompt = ChatPrompt(
-        messages=reader.messages,
+        messages=messages,
         tools=offer.functions or None,
         template_kwargs=template_kwargs,
     )

@@ -155,12 +155,11 @@ class Reader:
     """Puts items together to the messages of a conversation; `add` as often as there are lists of items.
 
     Attributes:
-        messages: what `parsing.conversation.normalise` takes.
         ignored: types of items that were left out, each once.
     """
 
     def __init__(self, seal: Seal) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []  # with lists of parts as texts: a turn may have very many items
         self.ignored: list[str] = []
         self._seal = seal
         self._turn: dict[str, Any] | None = None  # the model's turn under way
@@ -183,8 +182,13 @@ class Reader:
             else:
                 self._ignore(kind)
 
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What `parsing.conversation.normalise` takes."""
+        return [_joined(message) for message in self._messages]
+
     def system(self, text: str) -> None:
-        self.messages.append({"role": "system", "content": text})
+        self._messages.append({"role": "system", "content": [text]})
 
     def _message(self, item: Item, where: str) -> None:
         role = item.get("role")
@@ -194,21 +198,23 @@ class Reader:
         text = text_of(item.get("content"), f"{where}.content")
         if role != "assistant":
             self._is_open = False
-            self.messages.append({"role": role, "content": text})
+            self._messages.append({"role": role, "content": [text]})
             return
         key = _key(item)
         turn = self._turn if self._is_open else None
         if turn is None or (turn["content"] and not turn["tool_calls"] and (key is None or key != self._key)):
             turn = self._begin(key)
-        turn["content"] += text
+        if text:
+            turn["content"].append(text)
 
     def _reasoning(self, item: Item, where: str) -> None:
         text = self._thinking(item, where)
         turn = self._turn if self._is_open else None
         if turn is None or turn["content"] or turn["tool_calls"]:
             turn = self._begin(_key(item))
-        before = turn.get("reasoning_content")
-        turn["reasoning_content"] = f"{before}\n\n{text}" if before and text else (before or text)
+        thoughts = turn.setdefault("reasoning_content", [])
+        if text:
+            thoughts.append(text)
 
     def _thinking(self, item: Item, where: str) -> str:
         sealed = item.get("encrypted_content")
@@ -257,17 +263,24 @@ class Reader:
                                  f"{where}.call_id")  # fmt: skip
         self._is_open = False
         text = text_of(item.get("output"), f"{where}.output")
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+        self._messages.append({"role": "tool", "tool_call_id": call_id, "content": [text]})
 
     def _begin(self, key: str | None) -> dict[str, Any]:
-        self._turn = {"role": "assistant", "content": "", "tool_calls": []}
+        self._turn = {"role": "assistant", "content": [], "tool_calls": []}
         self._is_open, self._key = True, key
-        self.messages.append(self._turn)
+        self._messages.append(self._turn)
         return self._turn
 
     def _ignore(self, kind: str) -> None:
         if kind not in self.ignored:
             self.ignored.append(kind)
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    made = {**message, "content": "".join(message["content"])}
+    if "reasoning_content" in made:
+        made["reasoning_content"] = "\n\n".join(made["reasoning_content"])
+    return made
 
 
 def _key(item: Item) -> str | None:

@@ -127,6 +127,8 @@ def test_what_came_in_is_not_changed() -> None:
     ([USER, assistant(tool_calls=[call("1"), call("2", arguments="{")])], "messages.1.tool_calls.1.function.arguments"),
     ([assistant(tool_calls=[call("1", arguments="[1]")])], "messages.0.tool_calls.0.function.arguments"),
     ([assistant(tool_calls=[call("1", arguments="[" * 200_000)])], "messages.0.tool_calls.0.function.arguments"),
+    ([assistant(tool_calls=[{**call("1"), "id": {}}])], "messages.0.tool_calls.0.id"),
+    ([assistant(tool_calls=[call("1")]), {"role": "tool", "tool_call_id": [1]}], "messages.1.tool_call_id"),
 ])  # fmt: skip
 def test_refused_messages(messages: list[Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
