@@ -19,12 +19,10 @@ from saddle.kernels import linear, nibbles, quant, tiles
 from saddle.kernels.target import detect
 from saddle.kernels.tiles import NibbleTiles, PackedMatrix
 from saddle.model import packed
-from saddle.model import weights as w
 from saddle.model.config import ModelConfig
 from saddle.model.fused import FusedMiniMaxM2
-from saddle.model.inputs import StepInputs
-from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
+from tests.support import plain_model
 from tests.support.checkpoint import Shape, config_json
 from tests.support.four_bits import KINDS
 from tests.support.model_steps import Steps, divergence
@@ -86,32 +84,6 @@ TOKENS = 96
 MOST_KL = {kind: 0.02 if kind == "mixed-precision" else 0.01 for kind in KINDS}
 
 
-def dequantise(matrix: PackedMatrix) -> torch.Tensor:
-    return nibbles.dequantise(matrix) if isinstance(matrix.format, NibbleTiles) else tiles.dequantise(matrix)
-
-
-def plain_logits(config: ModelConfig, model: packed.PackedModel, ids: list[int]) -> torch.Tensor:
-    """Logits [T, V] of plain torch in float32 over the dequantised weights."""
-    weights = w.allocate(config, ONE, torch.float32, CUDA)
-    weights.embed.copy_(model.embed)
-    weights.norm.copy_(model.norm)
-    weights.lm_head.copy_(tiles.dequantise(model.lm_head).t())
-    for mine, theirs in zip(weights.layers, model.layers, strict=True):
-        for name in ("input_norm", "post_norm", "q_norm", "k_norm", "gate", "gate_bias"):
-            getattr(mine, name).copy_(getattr(theirs, name))
-        for name in ("qkv", "o", "w13", "w2"):
-            getattr(mine, name).copy_(dequantise(getattr(theirs, name)).transpose(-1, -2))
-    plain, count = MiniMaxM2(config, weights, 2048), len(ids)
-    every = torch.arange(count, device=CUDA)
-    inputs = StepInputs(
-        torch.tensor(ids, device=CUDA), every, every, torch.arange(-(-count // 64), device=CUDA)[None],
-        torch.tensor([0, count], dtype=torch.int32, device=CUDA),
-        torch.tensor([count], dtype=torch.int32, device=CUDA), every, count, count, [(count, count)],
-    )  # fmt: skip
-    with torch.inference_mode():
-        return plain.forward(inputs, plain.allocate_kv(-(-count // 64), 64, plain.dtype))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_layers_against_plain_torch(kind: str) -> None:
     raw: dict[str, Any] = config_json(M2, fp8=False) | {"quantization_config": KINDS[kind][0]}
@@ -119,7 +91,7 @@ def test_two_layers_against_plain_torch(kind: str) -> None:
     weights = packed.allocate(config, ONE, CUDA, detect().is_fnuz)
     packed.dummy(weights, 1)
     ids = torch.randint(M2.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(3)).tolist()
-    expected = plain_logits(config, weights, ids)
+    expected = plain_model.logits(plain_model.unpacked(config, weights), ids)
     model = FusedMiniMaxM2(config, weights, max_positions=2048, max_tokens=128, max_rows=16, target=detect())
     steps = Steps(model)
     parts = [steps.step({0: ids[:70]})[0]]

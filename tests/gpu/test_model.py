@@ -3,47 +3,45 @@ with random weights against transformers.
 
 W8A8 rounds every input of a matrix to E4M3 (relative error 2.5 %), so logits cannot be equal: the distributions must
 be close. On a model as small as the demo that noise hides small faults; the same kernels with bf16 inputs (W8A16, the
-path of GPUs without FP8 units) have a hundredth of it, and show them. Thresholds stand beside each test.
+path of GPUs without FP8 units) have a thirtieth of it, and show them. Every bound lies between what a right model
+gives and what a planted fault gives; both are stated where the bound is, and printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
+    pytest.skip("NO GPU: the fused model is not tested", allow_module_level=True)
 
 from saddle.kernels import tiles
 from saddle.kernels.target import Target, detect, of_arch
 from saddle.launch import demo_model_path
 from saddle.model import packed
-from saddle.model import weights as w
 from saddle.model.config import ModelConfig
 from saddle.model.fused import FusedMiniMaxM2
-from saddle.model.inputs import StepInputs
-from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
-from saddle.parsing.tokenizer import Tokenizer
+from tests.support import plain_model
 from tests.support.checkpoint import Shape, config_json
+from tests.support.demo_texts import Truth, conversations
 from tests.support.model_steps import Steps, divergence
 
 CUDA, ONE = torch.device("cuda"), ParallelLayout()
-PROMPTS = (
-    "]~!b[]~b]user\nWhat is 12 + 30?[e~[\n]~b]ai\n",
-    "]~!b[]~b]user\nTell me a story about a fox and a river.[e~[\n]~b]ai\n",
-    "]~!b[]~b]user\nWho are you?[e~[\n]~b]ai\n",
-)
-GENERATED = 60
-# Next-token KL against float32 and top-1 agreement, measured on an H100 over 239 positions: W8A8 0.006 to 0.0145 and
-# 0.975. In the interpreter over 59 positions: W8A16 with bf16 KV 4e-5, with FP8 KV 0.0011 static, 0.0018 dynamic,
-# no top-1 changed. Rounding K and V to E4M3 is 2.5 % a number, which attention averages over the context; the bound of
-# 0.01 is a fiftieth of what a scale gives that pushes them below E4M3's least number (0.52). Faults of the weights give
-# 0.012 to 0.14.
-BOUNDS = {"W8A8": (0.03, 0.95), "W8A16": (1e-3, 0.99), "FP8 KV": (0.01, 0.97)}
+NUM_TEXTS, LONGEST = 12, 1000
+LATE = 20  # tokens of each text that are decoded one by one
+# Mean KL of the next token against float32, and top-1 agreement, over the 5,800 tokens of twelve conversations in the
+# demo's own tasks. Predicted by rounding in torch on a CPU: W8A8 3.4e-5 and 0.995, W8A16 1.4e-6 and 0.999. Faults
+# there: one rotary pair at its neighbour's speed 9.6e-5, scales of one layer's o shifted by half a block 1.2e-5 (here
+# they are in all six), no gain in the query norm 1.1e-2.
+BOUNDS = {"W8A8": (3e-4, 0.98), "W8A16": (1e-5, 0.995)}
+# FP8 KV against bf16 KV over the same texts, predicted likewise: static scale 1 1.8e-4 and 0.995, dynamic 8.3e-5 and
+# 0.996. Keys that are read an octave too large 8.5e-3 and 0.972, values 0.11, both 0.42.
+KV_BOUND = (1.2e-3, 0.985)
 # The same card as if it had no FP8 units.
 TARGETS = {"W8A8": detect(), "W8A16": of_arch("sm_80", detect().num_sms)}
 
@@ -52,36 +50,13 @@ def fused(config: ModelConfig, weights: packed.PackedModel, target: Target = TAR
     return FusedMiniMaxM2(config, weights, max_positions=2048, max_tokens=1024, max_rows=64, target=target)
 
 
-def plain_logits(model: MiniMaxM2, ids: list[int]) -> torch.Tensor:
-    """Logits [T, V] of a whole sequence in plain torch."""
-    count = len(ids)
-    every = torch.arange(count, device=CUDA)
-    inputs = StepInputs(
-        torch.tensor(ids, device=CUDA), every, every, torch.arange(-(-count // 64), device=CUDA)[None],
-        torch.tensor([0, count], dtype=torch.int32, device=CUDA),
-        torch.tensor([count], dtype=torch.int32, device=CUDA), every, count, count, [(count, count)],
-    )  # fmt: skip
-    with torch.inference_mode():
-        return model.forward(inputs, model.allocate_kv(-(-count // 64), 64, model.dtype))
-
-
 @pytest.fixture(scope="module")
-def demo() -> tuple[ModelConfig, list[list[int]], list[torch.Tensor]]:
-    """The demo's config, texts that it wrote itself, and its float32 logits."""
-    folder = demo_model_path()
-    config = ModelConfig.load(folder)
-    weights = w.allocate(config, ONE, torch.float32, CUDA)
-    w.load(folder, config, ONE, weights, lambda share, note: None)
-    model = MiniMaxM2(config, weights, 2048)
-    tokenizer = Tokenizer.load(folder)
-    texts, logits = [], []
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt)
-        for _ in range(GENERATED):
-            ids.append(int(plain_logits(model, ids)[-1].argmax()))
-        texts.append(ids)
-        logits.append(plain_logits(model, ids))
-    return config, texts, logits
+def demo() -> tuple[ModelConfig, list[list[int]], torch.Tensor]:
+    """The demo's config, conversations of its tasks, and their float32 logits."""
+    texts = [one.ids for one in conversations(3 * NUM_TEXTS, 5) if 60 < len(one.ids) < LONGEST][:NUM_TEXTS]
+    assert len(texts) == NUM_TEXTS
+    truth = Truth(CUDA)
+    return truth.model.config, texts, torch.cat([truth.logits(ids) for ids in texts])
 
 
 def load_demo(config: ModelConfig) -> packed.PackedModel:
@@ -90,56 +65,89 @@ def load_demo(config: ModelConfig) -> packed.PackedModel:
     return weights
 
 
-def follow(model: FusedMiniMaxM2, texts: list[list[int]], kind: str) -> list[torch.Tensor]:
-    """Logits of the same texts: prompts in parts, decoding, steps of both, padded steps."""
-    steps = Steps(model, kind)
-    found: dict[int, list[torch.Tensor]] = {row: [] for row in range(len(texts))}
+Spoil = Callable[[Steps], None]
+
+
+def follow(model: FusedMiniMaxM2, texts: list[list[int]], kind: str, spoil: Spoil | None = None) -> torch.Tensor:
+    """Logits of all tokens of the texts, four texts at a time.
+
+    Args:
+        spoil: called when half of each text is computed.
+    """
+    return torch.cat([follow_group(Steps(model, kind), texts[first : first + 4], spoil)
+                      for first in range(0, len(texts), 4)])  # fmt: skip
+
+
+def follow_group(steps: Steps, texts: list[list[int]], spoil: Spoil | None) -> torch.Tensor:
+    """Prompts in two parts, the second beside decoding rows, then decode steps with padding."""
+    parts: list[list[torch.Tensor]] = [[] for _ in texts]
 
     def run(work: dict[int, int], padding: int = 0) -> None:
         taken = {row: texts[row][steps.lens[row] : steps.lens[row] + count] for row, count in work.items()}
         for row, logits in steps.step(taken, padding).items():
             if row >= 0:
-                found[row].append(logits)
+                parts[row].append(logits)
 
-    run({0: 7})
-    run({0: 1, 1: 20})
-    run({0: 1, 1: 1, 2: 3})
-    while any(steps.lens[row] < len(text) for row, text in enumerate(texts)):
-        left = {row: len(text) - steps.lens[row] for row, text in enumerate(texts)}
-        prompt = {row: min(9, rest) for row, rest in left.items() if rest and row == 2 and steps.lens[row] < 30}
-        run({row: 1 for row, rest in left.items() if rest} | prompt, padding=0 if prompt else 1)
-    return [torch.cat(found[row]) for row in range(len(texts))]
+    for row, ids in enumerate(texts):
+        run({row: len(ids) // 2})
+    if spoil is not None:
+        spoil(steps)
+    for row, ids in enumerate(texts):
+        beside = [other for other, own in enumerate(texts) if other != row and steps.lens[other] < len(own) - LATE]
+        run({**dict.fromkeys(beside, 1), row: max(1, len(ids) - LATE - steps.lens[row])})
+    while left := [row for row, ids in enumerate(texts) if steps.lens[row] < len(ids)]:
+        run(dict.fromkeys(left, 1), padding=1)
+    return torch.cat([torch.cat(part) for part in parts])
 
 
-@pytest.mark.parametrize(("inputs", "kind"), [("W8A16", "bf16"), ("W8A8", "bf16")])
-def test_demo_against_float32(demo: Any, inputs: str, kind: str) -> None:
+@pytest.mark.parametrize("inputs", BOUNDS)
+def test_demo_against_float32(demo: Any, inputs: str) -> None:
     config, texts, expected = demo
-    found = follow(fused(config, load_demo(config), TARGETS[inputs]), texts, kind)
-    kl, agreement = divergence(torch.cat(found), torch.cat(expected))
-    print(f"\ndemo, {inputs}, {kind} KV: KL {kl:.6f}, top-1 agreement {agreement:.4f} over {sum(map(len, texts))}")
+    kl, agreement = divergence(follow(fused(config, load_demo(config), TARGETS[inputs]), texts, "bf16"), expected)
+    print(f"\ndemo, {inputs}: KL {kl:.3g}, top-1 agreement {agreement:.4f} over {len(expected)}")
     assert kl < BOUNDS[inputs][0] and agreement > BOUNDS[inputs][1]
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_dynamic"])
-def test_fp8_kv_against_bf16_kv(demo: Any, kind: str) -> None:
-    """With bf16 inputs of the matrices, whose own noise is a thirtieth of what FP8 KV does."""
-    config, texts, _ = demo
-    model = fused(config, load_demo(config), TARGETS["W8A16"])
-    wide, narrow = (torch.cat(follow(model, texts, name)) for name in ("bf16", kind))
-    kl, agreement = divergence(narrow, wide)
-    print(f"\n{kind} KV against bf16 KV: KL {kl:.6f}, top-1 agreement {agreement:.4f}")
-    assert kl < BOUNDS["FP8 KV"][0] and agreement > BOUNDS["FP8 KV"][1]
+def octave(steps: Steps) -> None:
+    """From now on keys are read at twice their size."""
+    if steps.kv.scales is not None:
+        steps.kv.scales[:, :, 0] *= 2
+    else:
+        layers = tuple(replace(layer, k_scale=2 * layer.k_scale) for layer in steps.kv.layers)
+        steps.kv = replace(steps.kv, layers=layers)
 
 
-def test_the_bound_of_fp8_kv_notices_a_wrong_scale(demo: Any) -> None:
+def swap(steps: Steps) -> None:
+    """From now on keys are read with the scales of values, and values with those of keys."""
+    if steps.kv.scales is not None:
+        steps.kv.scales.copy_(steps.kv.scales.flip(2).clone())
+    else:
+        layers = tuple(replace(layer, k_scale=layer.v_scale, v_scale=layer.k_scale) for layer in steps.kv.layers)
+        steps.kv = replace(steps.kv, layers=layers)
+
+
+@pytest.fixture(scope="module")
+def bf16_kv(demo: Any) -> tuple[FusedMiniMaxM2, torch.Tensor]:
+    """A model with bf16 inputs of the matrices, whose own noise is a hundredth of what FP8 KV does, and its logits with
+    bf16 KV. Its static scales of keys and values differ by two octaves, as a checkpoint's may."""
     config, texts, _ = demo
     weights = load_demo(config)
-    wide = torch.cat(follow(fused(config, weights, TARGETS["W8A16"]), texts, "bf16"))
     for layer in weights.layers:
-        layer.kv_scales = (1024.0, 1024.0)
-    kl, _ = divergence(torch.cat(follow(fused(config, weights, TARGETS["W8A16"]), texts, "fp8")), wide)
-    print(f"\nscale 1024: KL {kl:.4f}")
-    assert kl > 2 * BOUNDS["FP8 KV"][0]
+        layer.kv_scales = (0.5, 2.0 ** -3)
+    model = fused(config, weights, TARGETS["W8A16"])
+    return model, follow(model, texts, "bf16")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_dynamic"])
+def test_fp8_kv_against_bf16_kv(demo: Any, bf16_kv: Any, kind: str) -> None:
+    (_, texts, _), (model, wide) = demo, bf16_kv
+    kl, agreement = divergence(follow(model, texts, kind), wide)
+    print(f"\n{kind} KV against bf16 KV: KL {kl:.3g}, top-1 agreement {agreement:.4f} over {len(wide)}")
+    for fault in (octave, swap):
+        wrong, share = divergence(follow(model, texts, kind, fault), wide)
+        print(f"with scales of keys wrong ({fault.__name__}): KL {wrong:.3g}, top-1 agreement {share:.4f}")
+        assert wrong > 2 * KV_BOUND[0]
+    assert kl < KV_BOUND[0] and agreement > KV_BOUND[1]
 
 
 def rotate_wrongly(model: FusedMiniMaxM2) -> None:
@@ -167,15 +175,15 @@ def test_thresholds_notice_faults(demo: Any, inputs: str, fault: Any) -> None:
     config, texts, expected = demo
     model = fused(config, load_demo(config), TARGETS[inputs])
     fault(model)
-    kl, agreement = divergence(torch.cat(follow(model, texts, "bf16")), torch.cat(expected))
-    print(f"\n{inputs}, {fault.__name__}: KL {kl:.5f}, top-1 agreement {agreement:.4f}")
+    kl, agreement = divergence(follow(model, texts, "bf16"), expected)
+    print(f"\n{inputs}, {fault.__name__}: KL {kl:.3g}, top-1 agreement {agreement:.4f}")
     assert kl > 2 * BOUNDS[inputs][0]
 
 
 def test_same_bits_twice(demo: Any) -> None:
     config, texts, _ = demo
     model = fused(config, load_demo(config))
-    first, second = (torch.cat(follow(model, texts, "bf16")) for _ in range(2))
+    first, second = (follow(model, texts[:4], "bf16") for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -255,16 +263,7 @@ def test_two_layers_against_transformers(layers: Any, transformers_logits: Any) 
 def test_two_layers_in_bf16_against_transformers(layers: Any, transformers_logits: Any) -> None:
     """The plain path, which computes in bf16 from dequantised weights."""
     (config, packed_weights), (ids, expected) = layers, transformers_logits
-    weights = w.allocate(config, ONE, torch.bfloat16, CUDA)
-    weights.embed.copy_(packed_weights.embed)
-    weights.norm.copy_(packed_weights.norm)
-    weights.lm_head.copy_(tiles.dequantise(packed_weights.lm_head).t())
-    for mine, theirs in zip(weights.layers, packed_weights.layers, strict=True):
-        for name in ("input_norm", "post_norm", "q_norm", "k_norm", "gate", "gate_bias"):
-            getattr(mine, name).copy_(getattr(theirs, name))
-        for name in ("qkv", "o", "w13", "w2"):
-            getattr(mine, name).copy_(tiles.dequantise(getattr(theirs, name)).transpose(-1, -2))
-    found = plain_logits(MiniMaxM2(config, weights, 2048), ids)
+    found = plain_model.logits(plain_model.unpacked(config, packed_weights, torch.bfloat16), ids)
     kl, agreement = divergence(found, expected)
     print(f"\ntwo layers, bf16: KL {kl:.5f}, top-1 agreement {agreement:.4f}")
     assert kl < M2_KL["bf16"] and agreement > 0.9

@@ -32,6 +32,25 @@ PARAMS = (
 )
 
 
+def p_value(counts: torch.Tensor, probs: torch.Tensor, least: float = 20.0) -> tuple[float, int]:
+    """Pearson's chi-square test that counts [V] are draws from probs [V].
+
+    Ids that should come less than `least` times share one cell.
+
+    Returns:
+        The probability of counts at least as far off, 0 if something came that cannot, and the number of cells.
+    """
+    expected = probs.double() * counts.sum()
+    if int(counts[expected == 0].sum()):
+        return 0.0, 0
+    own = expected >= least
+    wanted, found = ([*part[own].tolist(), float(part[~own].sum())] for part in (expected, counts.double()))
+    cells = [(w, f) for w, f in zip(wanted, found, strict=True) if w > 0]
+    distance = sum((f - w) ** 2 / w for w, f in cells)
+    half = torch.tensor([(len(cells) - 1) / 2, distance / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1])), len(cells)
+
+
 def state_of(params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int) -> torch.Tensor:
     """[S, ROW_WIDTH] int32 as the rows of a device hold it."""
     numbers = [row_numbers(one, seed, 0, vocab_size) for one, seed in zip(params, seeds, strict=True)]
