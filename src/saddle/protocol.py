@@ -331,7 +331,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What start-up of the devices found and decided; the scheduler is built from it.
 
     max_step_ms   predicted time of a step that prompt tokens may fill beside decoding rows; None: no bound
-    yields_half   whether prompts get as much time as the decoding rows in any case
+    yields_half   whether prompts get half as long as a step takes without them in any case
     lines   what was loaded, measured and chosen, one sentence each with its reason, printed once
     """
 

@@ -28,12 +28,14 @@ class Draft:
     """A plan being built.
 
     budget     tokens that may still be given
+    room_s     predicted time that prompts may still take; None: any
     may_admit  whether waiting requests may still get a row in this step
     The lists are those of the plan and of its flight.
     """
 
     step_id: int
     budget: int
+    room_s: float | None = None
     may_admit: bool = True
     admits: list[RowAdmit] = field(default_factory=list)
     work: list[RowWork] = field(default_factory=list)

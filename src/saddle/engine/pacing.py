@@ -1,19 +1,45 @@
 """How many prompt tokens may join rows that decode, so that a step takes no longer than asked for.
 
-A step with decoding rows makes each of their readers wait as long as it takes. Steps are measured: those of decoding
-rows alone say what these cost, the rest of a mixed step is the cost of its prompt tokens, per token. Both follow what
-was measured last, since a token costs more late in a long prompt. The cost per token is not constant in the number of
-tokens (few tokens read as many weights as many), but that of the last step's number is the one that counts: where
-prediction and measurement agree, they agree at the number in use.
+A step with decoding rows makes each of their readers wait as long as it takes. What a step with prompts takes is
+
+    fixed + per_token * tokens + per_pair * pairs
+
+tokens: all of the step, those of decoding rows included. pairs: (token, token before it) of attention; a row that
+decodes reads its keys for one token alone, which costs as much as `DECODE_PAIRS` pairs each. fixed: reading the
+weights, which many tokens do no more often than few.
+
+The three numbers are fitted to the steps that were measured, by least squares in which old steps fade and which a
+weak prior holds up where the steps say nothing: those of one size cannot tell fixed from per_token. The prior is what
+a model of M2's shape does on any device. Steps of rows alone, which read some of the experts, say what reading all
+would take; attention over `EVEN_CONTEXT` tokens costs as much as all else does for a token.
+
+What matters is that few steps take too long, not that the mean is right: predictions are raised by their mean error,
+and a step has at most `GROWTH` times the tokens of the largest one that was measured lately. A measured time that is
+far off (a step that something held up) counts less.
 """
 
 from __future__ import annotations
 
-from saddle.protocol import StepPlan
+from collections.abc import Sequence
+from math import sqrt
 
-FIRST_TOKENS = 512  # beside decoding rows, before any prompt was measured
-DECODE_WEIGHT = 0.2  # of a new measurement
-TOKEN_WEIGHT = 0.5
+from saddle.protocol import RowWork, StepPlan
+
+FIRST_TOKENS = 512  # that half of a step is taken to hold before any prompt was measured
+EVEN_CONTEXT = 12_288  # 24,576 operations a pair and layer against 2 x 157 million for the weights that a token uses
+DECODE_PAIRS = 24  # 4 KiB of keys and values at 3 TB/s against 24,576 operations at 500 TFLOP/s
+TOKENS = 1024  # unit of the fit, so that its numbers are of one size
+PAIRS = TOKENS * EVEN_CONTEXT
+UNREAD = 31 / 32  # of the experts, by one token: each goes to 8 of 256
+KEEP = 0.95  # of the weight of older steps
+# Of fixed, per_token and per_pair: how many steps the prior is worth, and the size of the first in units of the fit.
+PRIOR = ((0.5, 1.0), (0.02, FIRST_TOKENS / TOKENS), (0.05, 0.5))
+DECODE_WEIGHT = 0.2  # of a new measurement of rows alone
+ERROR_WEIGHT = 0.1
+GROWTH = 2  # of the largest step measured: the fit is not trusted far beyond what it has seen
+OUTLIER = 1.5  # a step that takes longer than this many times the prediction counts as that long
+
+Vector = tuple[float, float, float]
 
 
 class Pacer:
@@ -21,8 +47,9 @@ class Pacer:
 
     Args:
         max_step_s: predicted time of a step with decoding rows that prompt tokens may fill; None: no bound.
-        yields_half: prompts get at least as much time as the decoding rows take, whatever `max_step_s`: without it a
-            model that decodes slower than the bound would read no prompt while anybody is answered.
+        yields_half: prompts get at least half as long as the step takes without them, whatever `max_step_s`: without
+            it a device that is slower than the bound would read next to nothing while anybody is answered, and read
+            all its weights for that.
         least: tokens that a prompt gets in any case, so that it gets on.
     """
 
@@ -30,33 +57,110 @@ class Pacer:
         self._max_step_s = max_step_s
         self._yields_half = yields_half
         self._least = least
-        self._decode_s: float | None = None
-        self._token_s: float | None = None
+        self._weights_s = 0.0  # of reading all weights, from the latest step of rows alone
+        self._error = 0.0  # mean of |measured / predicted - 1|
+        self._squares = [[0.0] * 3 for _ in range(3)]
+        self._products = [0.0] * 3
+        self._num_measured = 0
+        self._largest = float(max(least, FIRST_TOKENS // GROWTH))  # tokens of a step that was measured
+        self._fixed_s = self._token_s = self._pair_s = 0.0  # of the latest fit
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """A step took so long on the device."""
         if self._max_step_s is None or seconds <= 0:
             return
-        num_prompt_tokens = sum(work.num_tokens for work in plan.work if work.num_tokens > 1)
-        num_decodes = sum(work.num_tokens == 1 for work in plan.work)
-        if num_prompt_tokens == 0:
-            before = seconds if self._decode_s is None else self._decode_s
-            self._decode_s = before + (seconds - before) * DECODE_WEIGHT
-        elif num_prompt_tokens >= self._least:
-            decode_s = (self._decode_s or 0.0) if num_decodes else 0.0
-            # A decode step measured before may have been slower than this whole one.
-            found = max(seconds - decode_s, 0.1 * seconds) / num_prompt_tokens
-            before = found if self._token_s is None else self._token_s
-            self._token_s = before + (found - before) * TOKEN_WEIGHT
+        if all(work.num_tokens == 1 for work in plan.work):
+            tokens, pairs = _size(plan.work)
+            before = self._weights_s
+            # What the rows left unread of the weights is read by prompts: nearly all experts have some of their tokens.
+            found = max(seconds - self._pair_s * pairs, 0.0) / (1 - UNREAD**tokens)
+            self._weights_s = before + (found - before) * (DECODE_WEIGHT if before else 1.0)
+        else:
+            self._learn(*_size(plan.work), seconds)
 
-    def limit(self, budget: int, num_decodes: int) -> int:
-        """Prompt tokens that may join `num_decodes` rows, at most `budget`."""
-        if self._max_step_s is None or num_decodes == 0:
-            return budget
-        if self._token_s is None:
-            return min(budget, max(FIRST_TOKENS, self._least))
-        decode_s = self._decode_s or 0.0
-        left_s = self._max_step_s - decode_s
+    def room_s(self, decodes: Sequence[RowWork]) -> float | None:
+        """Seconds that prompts may add to a step of these rows; None: as many as they like."""
+        if self._max_step_s is None or not decodes:
+            return None
+        self._solve()
+        longest_s, rows_s = self._max_step_s, self._predict(*_size(decodes))
         if self._yields_half:
-            left_s = max(left_s, decode_s)
-        return min(budget, max(int(left_s / self._token_s), self._least))
+            longest_s = max(longest_s, 1.5 * rows_s)
+        return longest_s / (1 + self._error) - rows_s
+
+    def fit(self, room_s: float | None, start: int, budget: int, *, leads: bool) -> int:
+        """Tokens of a prompt behind `start` others that `room_s` holds, at most `budget`.
+
+        Args:
+            leads: whether it is the first of its step, which gets on in any case.
+        """
+        if room_s is None:
+            return budget
+        least = self._least if leads else 0
+        if room_s <= 0:
+            return min(budget, least)
+        slope = self._token_s + self._pair_s * start
+        # The root of slope * n + pair_s * n^2 / 2 = room_s, in the form that does not cancel.
+        found = 2 * room_s / (slope + sqrt(slope * slope + 2 * self._pair_s * room_s))
+        return min(budget, max(int(min(found, GROWTH * self._largest)), least))
+
+    def cost_s(self, num_tokens: int, start: int) -> float:
+        """Seconds that a prompt's tokens behind `start` others add to a step."""
+        return self._token_s * num_tokens + self._pair_s * num_tokens * (start + num_tokens / 2)
+
+    # the fit -----------------------------------------------------------------------------------------------------
+
+    def _predict(self, tokens: int, pairs: float) -> float:
+        return self._fixed_s + self._token_s * tokens + self._pair_s * pairs
+
+    def _learn(self, tokens: int, pairs: float, seconds: float) -> None:
+        predicted = self._predict(tokens, pairs)
+        if self._num_measured >= len(PRIOR) and predicted > 0:
+            seconds = min(seconds, OUTLIER * predicted)
+            self._error += (min(abs(seconds / predicted - 1), OUTLIER - 1) - self._error) * ERROR_WEIGHT
+        self._num_measured += 1
+        self._largest = max(tokens, self._largest * KEEP)
+        features = 1.0, tokens / TOKENS + pairs / PAIRS, pairs / PAIRS
+        for row, feature in enumerate(features):
+            self._products[row] = self._products[row] * KEEP + feature * seconds
+            for column, other in enumerate(features):
+                self._squares[row][column] = self._squares[row][column] * KEEP + feature * other
+        self._solve()
+
+    def _solve(self) -> None:
+        """The three costs from the sums, held up by the prior."""
+        assert self._max_step_s is not None
+        expected = self._weights_s, self._max_step_s / 2 * TOKENS / FIRST_TOKENS, 0.0
+        matrix, right = [list(line) for line in self._squares], list(self._products)
+        for row, (steps, first) in enumerate(PRIOR):
+            # As so many steps of the mean size so far, of which one of the size of the first is taken for granted.
+            weight = steps * (self._squares[row][row] + first * first) / (self._squares[0][0] + 1)
+            matrix[row][row] += weight
+            right[row] += weight * expected[row]
+        fixed, token, extra = solve(matrix, right)
+        self._fixed_s = max(fixed, 0.0)
+        self._token_s = max(token, 1e-3 * expected[1]) / TOKENS
+        self._pair_s = max(token + extra, 0.0) / PAIRS
+
+
+def _size(work: Sequence[RowWork]) -> tuple[int, float]:
+    """Tokens and pairs of a step, see above."""
+    tokens, pairs = 0, 0.0
+    for item in work:
+        count, end = item.num_tokens, item.context_bound
+        tokens += count
+        pairs += DECODE_PAIRS * end if count == 1 else count * (end - count / 2)
+    return tokens, pairs
+
+
+def solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> Vector:
+    """x of `matrix` @ x = `right`, three by three, symmetric and positive definite."""
+    rows = [[*line, value] for line, value in zip(matrix, right, strict=True)]
+    for pivot in range(3):
+        for below in range(pivot + 1, 3):
+            factor = rows[below][pivot] / rows[pivot][pivot]
+            rows[below] = [low - factor * high for low, high in zip(rows[below], rows[pivot], strict=True)]
+    z = rows[2][3] / rows[2][2]
+    y = (rows[1][3] - rows[1][2] * z) / rows[1][1]
+    x = (rows[0][3] - rows[0][1] * y - rows[0][2] * z) / rows[0][0]
+    return x, y, z

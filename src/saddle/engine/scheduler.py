@@ -177,8 +177,9 @@ class Scheduler:
         """The next plan; empty if nothing can be planned before a result lands."""
         draft = Draft(self._next_step, self.limits.max_num_batched_tokens)
         prompts = self._plan_decodes(draft)
-        draft.budget = self._pacer.limit(draft.budget, len(draft.work))
-        self._plan_prompts(draft, prompts)
+        if prompts or self._waiting:
+            draft.room_s = self._pacer.room_s(draft.work)
+            self._plan_prompts(draft, prompts)
         self._next_step += 1
         flight = draft.seal()
         if draft.work:
@@ -226,13 +227,14 @@ class Scheduler:
             elif not self._fits(request, cached, prompts):
                 draft.may_admit = False
                 continue
-            most = draft.budget
+            skipped = len(cached) * self.limits.block_size
+            most = self._pacer.fit(draft.room_s, request.num_computed + skipped, draft.budget, leads=leader is None)
+            reserved = 0
             if leader is None:
                 leader = request
-                skipped = len(cached) * self.limits.block_size
-                most -= self._reserved(draft, request, request.num_left - skipped, prompts)
+                reserved = self._reserved(draft, request, request.num_left - skipped, most, prompts)
                 prompts = deque(sorted(prompts, key=lambda each: each.num_left))
-            self._plan_prompt(draft, request, cached, most)
+            self._plan_prompt(draft, request, cached, most, reserved)
 
     def _next_prompt(self, draft: Draft, prompts: deque[Request], leader: Request | None) -> Request | None:
         """The leader: the first in order of service; later whoever has the least to do."""
@@ -243,14 +245,14 @@ class Scheduler:
         runs_first = running < waiting if leader is None else running.num_left <= waiting.num_left
         return running if runs_first else waiting
 
-    def _reserved(self, draft: Draft, leader: Request, num_left: int, prompts: deque[Request]) -> int:
+    def _reserved(self, draft: Draft, leader: Request, num_left: int, most: int, prompts: deque[Request]) -> int:
         """Tokens that the leader, who has `num_left` to do, leaves to others with less than half of that to do."""
-        if num_left <= draft.budget:
+        if num_left <= most:
             return 0
         waits = leader.status is Status.WAITING
         behind = self._waiting[waits : waits + 1] if draft.may_admit and len(self._free_rows) > waits else []
         wanted = sum(other.num_left for other in (*prompts, *behind) if 2 * other.num_left < num_left)
-        return min(draft.budget // 2, wanted)
+        return min(most // 2, wanted)
 
     def _next_waiting(self, draft: Draft) -> Request | None:
         """The first waiting request, if a row may be given to it now."""
@@ -265,15 +267,15 @@ class Scheduler:
         promised = len(self._running) + sum(kv.num_blocks_of(r.num_total) - len(r.block_ids) for r in prompts)
         return need + promised <= kv.room(cached)
 
-    def _plan_prompt(self, draft: Draft, request: Request, cached: list[int], most: int) -> None:
-        """Skip the `cached` blocks, then give at most `most` tokens, as many as memory allows.
+    def _plan_prompt(self, draft: Draft, request: Request, cached: list[int], most: int, reserved: int) -> None:
+        """Skip the `cached` blocks, then give at most `most` tokens without the `reserved`, as many as memory allows.
 
         A prompt that is cut ends at a block's end where it can, so that it can go on from the cache, and is the last
-        one of its step unless it leaves tokens to others: what is left of the budget is less than a block then.
+        one of its step unless it leaves tokens to others: what is left for them is less than a block then.
         """
         kv, block_size = self.kv, self.limits.block_size
         start = request.num_computed + len(cached) * block_size
-        end = min(request.num_total, start + most)
+        end = min(request.num_total, start + most - reserved)
         if end < request.num_total and end - start >= block_size:
             end -= end % block_size
         num_held = len(request.block_ids) + len(cached)
@@ -289,8 +291,10 @@ class Scheduler:
             self._admit(draft, request, start, cached)
         else:
             num_cached, fresh = start - request.num_computed, cached + fresh
-        if end < request.num_total and most == draft.budget:
+        if end < request.num_total and not reserved:
             draft.budget = end - start
+        if draft.room_s is not None:
+            draft.room_s -= self._pacer.cost_s(end - start, start)
         self._give(draft, request, end - start, num_cached, fresh)
         draft.published += kv.publish(request, min(end, request.num_prompt))
 

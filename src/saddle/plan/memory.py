@@ -170,7 +170,7 @@ def plan_device(config: EngineConfig, memory: DeviceMemory) -> DeviceInfo:
         decisions.append(Decision("max_step_ms", max_step_ms, "--max-step-ms"))
     elif memory.kind == "cuda":
         max_step_ms = GPU_MAX_STEP_MS
-        why = "the default on a GPU; longer where rows that decode take more than half of it"
+        why = "the default on a GPU; longer where it would leave prompts little"
         decisions.append(Decision("max_step_ms", max_step_ms, why))
     if memory.kind == "cpu":
         budget = cpu_kv_bytes(memory.free_bytes, cache.kv_cache_memory_bytes)
