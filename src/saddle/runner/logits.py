@@ -76,7 +76,8 @@ def edits_of(
             edits.banned[ids(list(params.allowed_token_ids))] = False
         edits.banned[ids(single)] = True
     # Ids that cannot come need no ban, and EOS does not stop a request that ignores it.
-    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)} & set(range(vocab_size))
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
+    stops = {token for token in stops if 0 <= token < vocab_size}
     if params.min_tokens and stops:
         edits.until_min = ids(sorted(stops))
     if params.has_penalties and penalties:
