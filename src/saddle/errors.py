@@ -59,6 +59,19 @@ class ContextTooLong(RequestError):
         super().__init__(message, param)
         self.num_tokens, self.limit = num_tokens, limit
 
+    @classmethod
+    def of(cls, num_tokens: int, limit: int, *, at_least: bool = False) -> ContextTooLong:
+        """In the words of vLLM. `at_least`: the prompt was not counted to its end."""
+        more = "at least " if at_least else ""
+        return cls(
+            f"This model's maximum context length is {limit} tokens. However, your prompt contains {more}{num_tokens} "
+            "input tokens, which exceeds this limit even without any output tokens. Please reduce the length of the "
+            "input prompt.",
+            param="input_tokens",
+            num_tokens=num_tokens,
+            limit=limit,
+        )
+
 
 class NotFound(RequestError):
     status = 404

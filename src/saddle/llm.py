@@ -280,7 +280,7 @@ def _completion(index: int, whole: Completion, events: list[Event]) -> Completio
         index=index,
         text=whole.content,
         token_ids=whole.token_ids,
-        finish_reason="tool_calls" if whole.tool_calls and reason is FinishReason.STOP else reason.value,
+        finish_reason="tool_calls" if whole.wants_results else reason.value,
         stop_reason=whole.stop,
         reasoning=whole.reasoning,
         tool_calls=whole.tool_calls,

@@ -36,6 +36,12 @@ class Completion:
     usage: Usage | None = None
     error: str | None = None
 
+    @property
+    def wants_results(self) -> bool:
+        """Whether the model stopped behind calls that can be run: of those none was cut off, as by a stop string."""
+        calls = self.tool_calls
+        return self.finish_reason is FinishReason.STOP and bool(calls) and all(call.is_complete for call in calls)
+
 
 def fold(events: Iterable[Event]) -> Completion:
     """The answer that a sequence of events adds up to."""

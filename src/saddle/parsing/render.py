@@ -93,15 +93,18 @@ class Renderer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        limit: int | None = None,
     ) -> Rendered:
         """Text and ids of a conversation.
 
         Args:
             continue_final_message: leave the last turn open, so that the model goes on with it.
             template_kwargs: further variables of the template.
+            limit: tokens that the caller has room for; what is much too long is not encoded to its end.
 
         Raises:
             InvalidRequest: the template refuses the conversation; carries its message.
+            ContextTooLong: it is far above `limit`.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("continue_final_message and add_generation_prompt exclude each other.",
@@ -109,6 +112,8 @@ class Renderer:
         text = self._text(conversation, add_generation_prompt, template_kwargs or {})
         if continue_final_message:
             text = text.removesuffix(TURN_END)
+        if limit is not None:
+            self._tokenizer.refuse_far_too_long(text, limit)
         pieces = split(text)
         replayed = self._replayed(conversation, pieces, continue_final_message)
         ids: list[int] = []

@@ -9,10 +9,11 @@ from typing import Any
 
 import tokenizers
 
-from saddle.errors import InvalidRequest, StartupError
+from saddle.errors import ContextTooLong, InvalidRequest, StartupError
 
 CONVERSATION, MESSAGE, END = "]~!b[", "]~b]", "[e~["
 THINK, END_THINK = "<think>", "</think>"
+FAR_CHARS, FAR_CHARS_PER_TOKEN = 1_000_000, 8  # a second's work, and twice as many as a token usually has
 CALLS, END_CALLS = "<minimax:tool_call>", "</minimax:tool_call>"
 
 
@@ -94,6 +95,19 @@ class Tokenizer:
             return self._encode_plain(text)
         except TypeError:  # what the library makes of such a string
             raise InvalidRequest("The text holds half of a surrogate pair, which is no character.") from None
+
+    def refuse_far_too_long(self, text: str, limit: int) -> None:
+        """Look at the beginning of a very long text, so that one that cannot fit does not take a minute to encode.
+
+        Raises:
+            ContextTooLong: the beginning alone has more than `limit` tokens, by a good part: where it is cut, and there
+                alone, its tokens may be others than those of the whole.
+        """
+        size = max(FAR_CHARS, FAR_CHARS_PER_TOKEN * limit)
+        if len(text) > size:
+            num_tokens = len(self.encode(text[:size]))
+            if 4 * num_tokens > 5 * limit:
+                raise ContextTooLong.of(num_tokens, limit, at_least=True)
 
     def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = []

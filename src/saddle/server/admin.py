@@ -20,6 +20,7 @@ WELCOME = """Saddle {version} serves {model}.
 
 POST /v1/chat/completions   OpenAI chat
 POST /v1/completions        OpenAI completions
+POST /v1/responses          OpenAI responses
 POST /v1/messages           Anthropic messages, with /count_tokens
 GET  /v1/models             what is served, with max_model_len
 POST /tokenize, /detokenize
@@ -107,7 +108,7 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         facts = service.facts()
         body = await read(request, TokenizeBody)
         facts.check_model(body.model)
-        ids = await service.encode(_prompt(body))
+        ids = await service.count(_prompt(body))
         strings = await service.apart(service.tokenizer.token_texts, ids) if body.return_token_strs else None
         return JSONReply({"count": len(ids), "max_model_len": facts.max_model_len, "tokens": ids,
                           "token_strs": strings})  # fmt: skip

@@ -240,7 +240,7 @@ def to_response(asked: AskedMessage, events: list[Event], signer: Signer) -> byt
     body = {
         **head_of(asked),
         "content": content_of(parts),
-        **end_of(asked, done, blocks.num_complete_calls),
+        **end_of(asked, done, blocks),
         "usage": usage_body(done.usage, is_warming=asked.is_warming),
     }
     if asked.manages_context:
@@ -253,9 +253,10 @@ def head_of(asked: AskedMessage) -> dict[str, Any]:
     return {"id": asked.job.request_id, "type": "message", "role": "assistant", "model": asked.model}
 
 
-def end_of(asked: AskedMessage, done: Done, num_complete_calls: int) -> dict[str, Any]:
+def end_of(asked: AskedMessage, done: Done, blocks: Blocks) -> dict[str, Any]:
     """The fields that say why a message ended."""
-    reason = stop_reason(done, num_complete_calls, max(asked.max_tokens, 1), asked.max_model_len)
+    wants_results = blocks.num_complete_calls > 0 and not blocks.is_cut
+    reason = stop_reason(done, wants_results, max(asked.max_tokens, 1), asked.max_model_len)
     by_string = reason == "stop_sequence"
     return {"stop_reason": "max_tokens" if asked.is_warming else reason,
             "stop_sequence": done.stop if by_string else None}  # fmt: skip

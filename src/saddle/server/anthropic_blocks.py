@@ -55,6 +55,7 @@ class Blocks:
 
     Attributes:
         num_complete_calls: calls whose arguments are whole.
+        is_cut: the answer ended inside a call.
     """
 
     def __init__(self, show: Show, signer: Signer, continues: bool = False) -> None:
@@ -65,6 +66,7 @@ class Blocks:
         self._blank = ""
         self._keeps_newlines = continues
         self.num_complete_calls = 0
+        self.is_cut = False
 
     def read(self, event: Event) -> Iterator[Part]:
         """The parts that an event makes; `Done` closes what is open and makes an empty answer one empty block."""
@@ -85,6 +87,7 @@ class Blocks:
             self.num_complete_calls += 1
             yield from self._end()
         elif isinstance(event, Done):
+            self.is_cut = self._open == "tool_use"
             yield from self._end()
             if not self._num_blocks:
                 yield from self._begin("text", {"type": "text", "text": ""})

@@ -163,17 +163,17 @@ def usage_body(usage: Usage, *, is_warming: bool = False) -> UsageBody:
     )
 
 
-def stop_reason(done: Done, num_complete_calls: int, max_tokens: int, max_model_len: int) -> str:
+def stop_reason(done: Done, wants_results: bool, max_tokens: int, max_model_len: int) -> str:
     """Why an answer ended, in Anthropic's words.
 
     A limit comes first: what is there is not whole. Calls that are whole want to be run, also where a stop sequence
-    came behind them.
+    came behind them; `wants_results` is whether there are any, and none was cut off.
     """
     usage = done.usage
     if done.finish_reason is FinishReason.LENGTH:
         total = usage.num_prompt_tokens + usage.num_completion_tokens
         filled = total >= max_model_len and usage.num_completion_tokens < max_tokens
         return "model_context_window_exceeded" if filled else "max_tokens"
-    if num_complete_calls:
+    if wants_results:
         return "tool_use"
     return "stop_sequence" if isinstance(done.stop, str) else "end_turn"

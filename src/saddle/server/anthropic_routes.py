@@ -64,7 +64,7 @@ def anthropic_router(service: Service) -> APIRouter:
         body = await read(request, CountBody)
         asked = await service.apart(anthropic.to_prompt, body, facts, signer)
         note(asked)
-        num_tokens = len(await service.encode(asked.prompt))
+        num_tokens = len(await service.count(asked.prompt))
         counted: dict[str, object] = {"input_tokens": num_tokens}
         if body.context_management is not None:
             counted["context_management"] = {"original_input_tokens": num_tokens}

@@ -94,7 +94,7 @@ class MessageStream:
     def _last(self, done: Done) -> bytes:
         self._is_whole = True
         fields: dict[str, Any] = {
-            "delta": end_of(self._asked, done, self._blocks.num_complete_calls),
+            "delta": end_of(self._asked, done, self._blocks),
             "usage": usage_body(done.usage, is_warming=self._asked.is_warming),
         }
         if self._asked.manages_context:

@@ -59,7 +59,10 @@ def openai_router(service: Service) -> APIRouter:
             encoder = openai.ChatStream(asked, names, generation.prompts, config.reasoning_field)
             return EventStream(generation, encoder, config.sse_keep_alive_s)
         choices = await whole(request.receive, generation)
-        return JSONReply(openai.to_response(asked, names, generation.prompts, choices, config.reasoning_field))
+        made = asked, names, generation.prompts, choices, config.reasoning_field
+        # Log-probabilities of a long prompt take a second to write down.
+        return JSONReply(await service.apart(openai.to_response, *made) if asked.job.want_tokens
+                         else openai.to_response(*made))  # fmt: skip
 
     @router.post("/v1/completions", responses=streamed(COMPLETION), openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Response:
@@ -76,7 +79,9 @@ def openai_router(service: Service) -> APIRouter:
             encoder = openai_text.TextStream(asked, names, generation.prompts, echoes)
             return EventStream(generation, encoder, config.sse_keep_alive_s)
         choices = await whole(request.receive, generation)
-        return JSONReply(openai_text.to_response(asked, names, generation.prompts, choices, echoes))
+        made = asked, names, generation.prompts, choices, echoes
+        return JSONReply(await service.apart(openai_text.to_response, *made) if asked.job.want_tokens
+                         else openai_text.to_response(*made))  # fmt: skip
 
     return router
 

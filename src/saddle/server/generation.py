@@ -88,6 +88,8 @@ class Generation:
         self._closed = False
         self._deadline: asyncio.TimerHandle | None = None
         self._expired = False
+        # Whether each prompt ends inside a thinking block: of a long one without tags that is no quick look.
+        self._thinking = [backend.tokenizer.is_thinking(prompt) for prompt in prompts]
 
     @property
     def num_choices(self) -> int:
@@ -101,7 +103,7 @@ class Generation:
     async def submit(self, params: list[SamplingParams]) -> None:
         """Hand every choice to the engine; all or none are taken."""
         job, n = self.job, self.job.params.n
-        grammars = [self._grammar(prompt) for prompt in self.prompts]
+        grammars = [self._grammar(is_thinking) for is_thinking in self._thinking]
         requests = [
             TokenRequest(
                 request_id=self._backend.engine_id(job.request_id),
@@ -125,28 +127,29 @@ class Generation:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
         self._choices = [
-            Choice(index, stream, self._parser(prompt), len(prompt), self._lead(grammar))
+            Choice(index, stream, self._parser(index // n), len(self.prompts[index // n]),
+                   self._lead(grammars[index // n]))
             for index, stream in enumerate(streams)
-            for prompt, grammar in ((self.prompts[index // n], grammars[index // n]),)
         ]
         timeout_s = self._backend.config.request_timeout_s
         if timeout_s is not None:
             left_s = self._arrival_s + timeout_s - time.monotonic()
             self._deadline = asyncio.get_running_loop().call_later(max(left_s, 0.0), self._expire)
 
-    def _grammar(self, prompt: list[int]) -> GrammarSpec | None:
-        """The grammar of the job where this prompt wants it to begin."""
-        job, tokenizer = self.job, self._backend.tokenizer
-        if not tokenizer.is_thinking(prompt):
+    def _grammar(self, is_thinking: bool) -> GrammarSpec | None:
+        """The grammar of the job where such a prompt wants it to begin."""
+        job = self.job
+        if not is_thinking:
             return job.grammar
-        return bound_behind(job.grammar, job.max_thinking_tokens, tokenizer.end_think_id)
+        return bound_behind(job.grammar, job.max_thinking_tokens, self._backend.tokenizer.end_think_id)
 
     def _lead(self, grammar: GrammarSpec | None) -> str:
         """What stands in front of the answer that was asked for, where answers are told from thinking."""
         splits = self.job.parse and self._backend.config.reasoning_parser == "minimax_m2"
         return AFTER_THINKING if grammar is not None and has_lead(grammar) and splits else ""
 
-    def _parser(self, prompt: list[int]) -> StreamParser:
+    def _parser(self, number: int) -> StreamParser:
+        """The parser of a choice of prompt `number`."""
         job, config = self.job, self._backend.config
         return StreamParser(
             self._backend.tokenizer,
@@ -154,8 +157,8 @@ class Generation:
             reasoning_parser=config.reasoning_parser if job.parse else None,
             tool_parser=config.tool_call_parser if job.parse else None,
             params=job.params,
-            num_prompt_tokens=len(prompt),
-            starts_in_reasoning=job.parse and self._backend.tokenizer.is_thinking(prompt),
+            num_prompt_tokens=len(self.prompts[number]),
+            starts_in_reasoning=job.parse and self._thinking[number],
             want_tokens=job.want_tokens,
             mute_calls=job.mute_calls,
         )

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from saddle.errors import InvalidRequest
-from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, Tokens, ToolArgs, ToolStart
-from saddle.parsing.fold import fold
+from saddle.parsing.conversation import text_of
+from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, Tokens, ToolArgs, ToolEnd, ToolStart
+from saddle.parsing.fold import Completion, fold
 from saddle.protocol import FinishReason
 from saddle.server.constraints import check_sampling, chosen, combined
 from saddle.server.job import ChatPrompt, Facts, Job
@@ -135,8 +136,9 @@ def _num_logprobs(body: ChatBody) -> int | None:
 def _echoed(body: ChatBody) -> str:
     """The text that `echo` puts before the answer: the last message, when the answer continues it."""
     last = body.messages[-1]
-    content = last.get("content")
-    return content if body.echo and last.get("role") == "assistant" and isinstance(content, str) else ""
+    if not body.echo or last.get("role") != "assistant":
+        return ""
+    return text_of(last.get("content"), f"messages.{len(body.messages) - 1}.content")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class ChatStream:
         self._frame = ChunkFrame("chat.completion.chunk", asked)
         self._usage = UsageCount(asked.job.params.n, [len(ids) for ids in prompts])
         self._plain, self._old = reasoning_field != "reasoning_content", reasoning_field != "reasoning"
-        self._called: set[int] = set()
+        self._called: dict[int, bool] = {}  # choices that made a call: whether the latest one is whole
         self._pending: dict[int, Tokens] = {}
         self._heads = [b'{"index":%d,"delta":' % i for i in range(asked.job.params.n)]
         self._detailed = asked.logprobs or asked.return_token_ids or asked.continuous_usage
@@ -238,10 +240,12 @@ class ChatStream:
             text = event.text
             return Delta(reasoning=text if self._plain else None, reasoning_content=text if self._old else None)
         if isinstance(event, (ToolStart, ToolArgs)):
-            self._called.add(index)
+            self._called[index] = False
             if isinstance(event, ToolArgs):
                 return Delta(tool_calls=[CallPart(event.index, FunctionPart(event.fragment))])
             return Delta(tool_calls=[CallHead(event.index, event.call_id, "function", FunctionHead(event.name, ""))])
+        if isinstance(event, ToolEnd):
+            self._called[index] = True
         return None
 
     def _chunk(self, index: int, delta: Delta) -> bytes:
@@ -274,7 +278,7 @@ class ChatStream:
 
     def _last(self, index: int, done: Done) -> bytes:
         self._usage.add(index, done)
-        reason = finish_reason(done.finish_reason, index in self._called and not self._asked.named)
+        reason = finish_reason(done.finish_reason, self._called.get(index, False) and not self._asked.named)
         choice = self._choice(index, Delta(), reason, done.stop)
         return self._frame.choice(choice, self._usage_so_far())
 
@@ -283,7 +287,7 @@ class ChatStream:
 
 
 def finish_reason(reason: FinishReason, called: bool) -> str:
-    """`tool_calls` when the model stopped by itself after at least one call that it chose to make."""
+    """`tool_calls` when the model stopped after at least one call that it chose to make, all of them whole."""
     return "tool_calls" if called and reason is FinishReason.STOP else reason.value
 
 
@@ -303,12 +307,12 @@ def to_response(
         usage.add(index, done)
         ids, logprobs, prompt = all_tokens(events)
         prompt_logprobs = prompt_logprobs or prompt
-        message, called = _message(asked, events, reasoning_field)
+        whole = fold(events)
         choice: dict[str, Any] = {
             "index": index,
-            "message": message,
+            "message": _message(asked, whole, reasoning_field),
             "logprobs": None,
-            "finish_reason": finish_reason(done.finish_reason, called and not asked.named),
+            "finish_reason": finish_reason(done.finish_reason, whole.wants_results and not asked.named),
             "stop_reason": done.stop,
         }
         if asked.logprobs:
@@ -331,9 +335,7 @@ def to_response(
     return encode_json(body)
 
 
-def _message(asked: AskedChat, events: list[Event], reasoning_field: str) -> tuple[dict[str, Any], bool]:
-    """(the message, whether the model made a call)."""
-    whole = fold(events)
+def _message(asked: AskedChat, whole: Completion, reasoning_field: str) -> dict[str, Any]:
     calls = whole.tool_calls
     content = asked.echoed + whole.content
     message: dict[str, Any] = {
@@ -350,4 +352,4 @@ def _message(asked: AskedChat, events: list[Event], reasoning_field: str) -> tup
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
         ]
-    return message, bool(whole.tool_calls)
+    return message

@@ -117,7 +117,7 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
     reader.add(earlier, "previous_response_id")
     reader.add(items)
     messages = reader.messages
-    if not any(message["role"] != "system" for message in messages):
+    if not messages:
         raise InvalidRequest("input must hold at least one message, it is empty.", "input")
     offer = _offer(body.tools or [])
     params = _params(body, facts)

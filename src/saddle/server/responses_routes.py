@@ -66,7 +66,7 @@ class Responses:
 
     async def count(self, request: Request) -> Response:
         asked = await self._asked(request)
-        ids = await unless_gone(request.receive, self._service.encode(asked.job.prompts[0]))
+        ids = await unless_gone(request.receive, self._service.count(asked.job.prompts[0]))
         return JSONReply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
     def read(self, response_id: str, stream: bool, after: int) -> Response:

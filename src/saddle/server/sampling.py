@@ -41,6 +41,7 @@ SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_tokens", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n", "prompt_logprobs",
 )  # fmt: skip
+MAX_BAD_WORDS, MAX_BAD_WORD = 256, 256  # each costs time in every step
 DEFAULTED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                     "frequency_penalty")  # fmt: skip
 
@@ -161,6 +162,9 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
 
 def _bad_words(words: list[str], facts: Facts) -> tuple[tuple[int, ...], ...]:
     """Ids of each word as it is written at the start of a text and after a space: BPE has one of each."""
+    if len(words) > MAX_BAD_WORDS or any(len(word) > MAX_BAD_WORD for word in words):
+        raise InvalidRequest(f"bad_words may hold at most {MAX_BAD_WORDS} words of {MAX_BAD_WORD} characters.",
+                             param="bad_words")  # fmt: skip
     found: dict[tuple[int, ...], None] = {}
     for index, word in enumerate(words):
         if not word.strip():

@@ -23,7 +23,7 @@ from saddle.parsing.replay import ReplayStore
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import SamplingParams
 from saddle.server.generation import Backend, Generation
-from saddle.server.job import ChatPrompt, Facts, Job, Prompt, TextPrompt
+from saddle.server.job import ChatPrompt, Facts, Job, Prompt, TextPrompt, TokenPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
         self._threads = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="render")
+        self._counting = ThreadPoolExecutor(1, thread_name_prefix="count")
         metrics.bind(lambda: client.stats, lambda: client.state.ready)
 
     # state -------------------------------------------------------------------------------------------------------
@@ -113,7 +114,8 @@ class Service:
         return True
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._counting):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # admission ---------------------------------------------------------------------------------------------------
 
@@ -131,11 +133,15 @@ class Service:
         self._check_queue()
         self._change_opening(+1)
         try:
-            prompts = [_cut(job, await self.encode(prompt)) for prompt in job.prompts]
+            limit = facts.max_model_len if job.keep_last is job.keep_first is None else None
+            prompts = [_cut(job, await self._encode(prompt, limit)) for prompt in job.prompts]
             params = [self._fit(job.params, ids, facts.max_model_len) for ids in prompts]
             generation = Generation(self._backend, job, prompts, arrival_s, self._forget)
             await self._submit(generation, params)
             self._live.add(generation)
+        except ContextTooLong:
+            self._reject("prompt_too_long")
+            raise
         finally:
             self._change_opening(-1)
         if self.config.log_requests:
@@ -149,37 +155,48 @@ class Service:
             self._reject("engine")
             raise
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. Rendering and encoding run on a thread.
+    async def count(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt that is not to be generated from; waits for others of its kind alone.
 
         Raises:
             InvalidRequest: as the renderer refused it.
         """
-        if isinstance(prompt, ChatPrompt):
-            return await self.apart(self._render, prompt)
-        if isinstance(prompt, TextPrompt):
-            return await self.apart(self.tokenizer.encode, prompt.text)
-        return prompt.token_ids
+        return await self._encode(prompt, None, self._counting)
 
-    async def apart(self, make: Callable[..., Made], *args: Any) -> Made:
+    async def _encode(
+        self, prompt: Prompt, limit: int | None, threads: ThreadPoolExecutor | None = None
+    ) -> list[int]:
+        """Token ids of a prompt. Rendering and encoding run on a thread; a text far above `limit` is refused early."""
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        make = self._render if isinstance(prompt, ChatPrompt) else self._encode_text
+        return await self.apart(make, prompt, limit, threads=threads)
+
+    async def apart(self, make: Callable[..., Made], *args: Any, threads: ThreadPoolExecutor | None = None) -> Made:
         """`make(*args)` on a thread: for what may take longer than the event loop can wait.
 
         Raises:
             InvalidRequest: what `args` hold is nested too deeply.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, make, *args)
+            return await asyncio.get_running_loop().run_in_executor(threads or self._threads, make, *args)
         except RecursionError:
             raise InvalidRequest("The request is nested too deeply.") from None
 
-    def _render(self, prompt: ChatPrompt) -> list[int]:
+    def _encode_text(self, prompt: TextPrompt, limit: int | None) -> list[int]:
+        if limit is not None:
+            self.tokenizer.refuse_far_too_long(prompt.text, limit)
+        return self.tokenizer.encode(prompt.text)
+
+    def _render(self, prompt: ChatPrompt, limit: int | None) -> list[int]:
         rendered = self._renderer.render(
             normalise(prompt.messages, prompt.tools),
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
             template_kwargs=dict(prompt.template_kwargs),
+            limit=limit,
         )
-        return list(rendered.token_ids)
+        return rendered.token_ids
 
     def _check_queue(self) -> None:
         """Refuse before any work is done when the queue was full after the latest step; the engine counts exactly."""
@@ -194,15 +211,7 @@ class Service:
         if not ids:
             raise InvalidRequest("The prompt has no tokens.", param="prompt")
         if len(ids) >= longest:
-            self._reject("prompt_too_long")
-            raise ContextTooLong(
-                f"This model's maximum context length is {longest} tokens. However, your prompt contains {len(ids)} "
-                "input tokens, which exceeds this limit even without any output tokens. Please reduce the length of "
-                "the input prompt.",
-                param="input_tokens",
-                num_tokens=len(ids),
-                limit=longest,
-            )
+            raise ContextTooLong.of(len(ids), longest)
         return params.within(longest - len(ids))
 
     def _forget(self, generation: Generation) -> None:

@@ -10,10 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
-from saddle.server.wire_openai import MAX_REQUEST_ID, Object, Wire
-
-MAX_MESSAGES = 100_000
-MAX_TOOLS = 2048
+from saddle.server.wire_openai import MAX_MESSAGES, MAX_REQUEST_ID, Object, Tools, Wire
 
 SystemText = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]})]
 
@@ -24,7 +21,7 @@ class PromptBody(Wire):
     model: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: SystemText | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: Object | None = None
     thinking: Object | None = None
     output_config: Object | None = None

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 MAX_REQUEST_ID = 256
+MAX_MESSAGES = 100_000
+MAX_TOOLS = 2048
 
 
 def _as_list(value: Any) -> Any:
@@ -25,6 +27,7 @@ ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type
 PromptText = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]})]
 Object = Annotated[Any, WithJsonSchema({"type": "object"})]
 TokenId = Annotated[int, Field(ge=0)]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)]
 
 
 class Wire(BaseModel):
@@ -94,11 +97,11 @@ class SamplingBody(Wire):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -129,8 +132,8 @@ class TokenizeBody(Wire):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES)] | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

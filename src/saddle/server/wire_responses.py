@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
-from saddle.server.wire_openai import MAX_REQUEST_ID, Object, StringOrStrings, ToolChoice, Wire
+from saddle.server.wire_openai import MAX_REQUEST_ID, Object, StringOrStrings, ToolChoice, Tools, Wire
 
 MAX_INPUT_ITEMS = 20_000
-MAX_TOOLS = 2048
 
 Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
 
@@ -45,7 +44,7 @@ class ResponsesBody(Wire):
     background: bool | None = None
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None

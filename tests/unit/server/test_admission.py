@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Iterable
 
 import aiohttp
 import pytest
 
+from saddle import parsing
 from saddle.config import ServerConfig
 from saddle.errors import InvalidRequest, Overloaded
 from saddle.parsing.tokenizer import Tokenizer
@@ -86,6 +88,34 @@ async def test_prompt_that_is_too_long(tokenizer: Tokenizer) -> None:
     }
     assert (fits, request.params.max_tokens) == (200, 1)
     assert 'reason="prompt_too_long"} 1.0' in page
+
+
+async def test_a_prompt_that_is_far_too_long_is_not_counted_to_its_end(tokenizer: Tokenizer) -> None:
+    """A minute's work for an answer that its beginning decides, on one of two threads, holds up everybody."""
+    encoded: list[int] = []
+    encode = tokenizer.encode
+
+    def counted(text: str, allow_special: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return encode(text, allow_special)
+
+    long = "word " * 4_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "encode", counted)
+        patch.setattr(parsing.tokenizer, "FAR_CHARS", 10_000)
+        async with running(tokenizer, words(tokenizer, "x")) as server:
+            for path, body in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]}),
+                               ("/v1/responses", {"input": long}),
+                               ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": long}]})):
+                status, refused = await server.post(path, body)
+                assert status == 400
+                wanted = r"prompt is too long: \d{4} tokens > 512" if path == "/v1/messages" else r"at least \d{4} input"
+                assert re.search(wanted, refused["error"]["message"])
+            status, _ = await server.post(TEXT, {"prompt": long, "truncate_prompt_tokens": 5})
+            assert status == 200
+            _, page = await server.get("/metrics")
+    assert sorted(size for size in encoded if size > 1000) == [10_000] * 4 + [20_000]
+    assert 'reason="prompt_too_long"} 4.0' in page
 
 
 async def test_queue_limit(tokenizer: Tokenizer) -> None:

@@ -210,6 +210,9 @@ def test_omitted_thinking_comes_as_a_sealed_signature() -> None:
         (CALL, done(FinishReason.LENGTH), "max_tokens", None),
         (CALL, done(FinishReason.STOP, "END"), "tool_use", None),
         (CUT, done(FinishReason.STOP, "END"), "stop_sequence", "END"),
+        # Whoever runs calls would run the second with half of its arguments.
+        ([*CALL, ToolStart(1, "call_2", "rm"), ToolArgs(1, '{"path": "/tmp')], done(FinishReason.STOP, "END"),
+         "stop_sequence", "END"),
         (CUT, done(FinishReason.LENGTH), "max_tokens", None),
         ([], done(FinishReason.LENGTH, usage=Usage(num_prompt_tokens=500, num_completion_tokens=12)),
          "model_context_window_exceeded", None),

@@ -143,6 +143,22 @@ async def test_tool_call(tokenizer: Tokenizer) -> None:
     assert call["function"] == {"name": "write", "arguments": arguments}
 
 
+@pytest.mark.parametrize("num_whole", [0, 1])
+async def test_a_call_that_a_stop_string_cut_is_not_to_be_run(tokenizer: Tokenizer, num_whole: int) -> None:
+    """Clients parse the arguments of every call when the reason is tool_calls: half of an object is none."""
+    said = ["</think>", "\n\n", CALL[0], *CALL[1:4] * num_whole, *CALL[1:4], CALL[4]]
+    stop = ["644"] if num_whole == 0 else ["</invoke>\n<invoke name=\"write\">\n<parameter name=\"path\">/a/b"]
+    async with running(tokenizer, words(tokenizer, *said)) as server:
+        frames = await chunks(server, tools=TOOLS, stop=stop)
+        _, whole = await server.post(CHAT, {"messages": HI, "tools": TOOLS, "stop": stop})
+        _, kept = await server.post(CHAT, {"messages": HI, "tools": TOOLS, "stop": ["nowhere"]})
+    choice = whole["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "write"
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop[0])
+    assert frames[-1]["choices"][0]["finish_reason"] == "stop"
+    assert kept["choices"][0]["finish_reason"] == "tool_calls"
+
+
 async def test_tool_choice_none_mutes_calls(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, words(tokenizer, "</think>", "Fine.", *CALL)) as server:
         _, whole = await server.post(CHAT, {"messages": HI, "tools": TOOLS, "tool_choice": "none"})
@@ -352,6 +368,14 @@ async def test_continue_final_message_and_echo(tokenizer: Tokenizer) -> None:
     assert prompt.endswith("The answer")
     assert whole["choices"][0]["message"] == {"role": "assistant", "content": "The answer is 4"}
     assert joined([json.loads(f) for f in frames[:-1]], "content") == "The answer is 4"
+
+
+async def test_echo_of_a_message_in_parts(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "The "}, {"type": "text", "text": "answer"}]
+    body = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    async with running(tokenizer, words(tokenizer, " is 4")) as server:
+        _, whole = await server.post(CHAT, {"messages": [*HI, {"role": "assistant", "content": parts}], **body})
+    assert whole["choices"][0]["message"]["content"] == "The answer is 4"
 
 
 async def test_continuing_an_answer_is_no_thinking(tokenizer: Tokenizer) -> None:

@@ -467,6 +467,16 @@ async def test_logprobs_are_those_of_the_answer(tokenizer: Tokenizer, spoken: li
     assert without["output"][1]["content"][0]["logprobs"] == []
 
 
+@pytest.mark.parametrize("said", [{"input": [{"role": "developer", "content": "Say hi."}]},
+                                  {"input": [], "instructions": "Say hi."}])  # fmt: skip
+async def test_instructions_alone_are_a_prompt(tokenizer: Tokenizer, said: dict[str, Any]) -> None:
+    """As in the other two APIs."""
+    async with running(tokenizer, words(tokenizer, "x")) as server:
+        status, reply = await server.post(PATH, said)
+        assert status == 200, reply
+        assert "system\nSay hi." in prompt_of(server)
+
+
 async def test_nulls_mean_absent(tokenizer: Tokenizer) -> None:
     names = ["instructions", "tools", "tool_choice", "reasoning", "text", "include", "metadata", "store", "stream",
              "background", "max_output_tokens", "temperature", "previous_response_id", "truncation", "user",
