@@ -80,8 +80,10 @@ def test_shifted_scales_are_seen() -> None:
 
 M2 = Shape(4096, 3072, 2, 48, 8, 128, 32, 8, 1536, 204800)
 TOKENS = 96
-# As test_model.py: bf16 activations 0.004, FP8 ones 0.018 on an H100, for the same random lm_head.
-MOST_KL = {kind: 0.02 if kind == "mixed-precision" else 0.01 for kind in KINDS}
+# Between two sides measured on an H100. KL of a right model: 3e-5 to 4e-4, INT4 with groups of 32 0.0016 (its
+# products with scales are rounded to bf16); with FP8 activations in attention 0.0067. With one layer's scales shifted
+# by a group: 0.021 to 0.034, and 0.029 beside FP8 attention. Each bound is the geometric mean of the nearest two.
+MOST_KL = {kind: 0.014 if kind == "mixed-precision" else 0.0057 for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -192,8 +192,9 @@ def test_same_bits_twice(demo: Any) -> None:
 
 M2 = Shape(200064, 3072, 2, 48, 8, 128, 256, 8, 1536, 204800)
 TOKENS = 96
-# Measured on an H100: FP8 0.018, bf16 0.0037; one wrong rotary pair 0.044.
-M2_KL = {"fp8": 0.03, "bf16": 0.01}
+# Between two sides measured on an H100: FP8 0.0172, and 0.0434 with one wrong rotary pair, whose geometric mean is the
+# bound; bf16 0.0037, and the same pair must show there too.
+M2_KL = {"fp8": 0.027, "bf16": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +264,12 @@ def test_two_layers_against_transformers(layers: Any, transformers_logits: Any) 
 def test_two_layers_in_bf16_against_transformers(layers: Any, transformers_logits: Any) -> None:
     """The plain path, which computes in bf16 from dequantised weights."""
     (config, packed_weights), (ids, expected) = layers, transformers_logits
-    found = plain_model.logits(plain_model.unpacked(config, packed_weights, torch.bfloat16), ids)
-    kl, agreement = divergence(found, expected)
-    print(f"\ntwo layers, bf16: KL {kl:.5f}, top-1 agreement {agreement:.4f}")
-    assert kl < M2_KL["bf16"] and agreement > 0.9
+    model = plain_model.unpacked(config, packed_weights, torch.bfloat16)
+    kl, agreement = divergence(plain_model.logits(model, ids), expected)
+    for table in (model._cos, model._sin):
+        table[:, 3] = table[:, 4].clone()
+    wrong, _ = divergence(plain_model.logits(model, ids), expected)
+    print(f"\ntwo layers, bf16: KL {kl:.5f}, top-1 agreement {agreement:.4f}; one rotary pair wrong: KL {wrong:.5f}")
+    assert kl < M2_KL["bf16"] < wrong and agreement > 0.9
 
 

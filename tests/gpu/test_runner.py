@@ -48,9 +48,10 @@ CONFIG = EngineConfig(
 EAGER = replace(CONFIG, compile=CompileConfig(enforce_eager=True))
 NUM_TASKS = 11
 KINDS = ("W8A16", "native")
-# Worst over a test. Emulated W8A8: a log-probability moves by 0.2 (mean 0.002), a draw at temperature 2 falls short by
-# 0.05. W8A16 rounds activations to 8 bits instead of 4 and was measured at a thirtieth of the divergence of W8A8.
-LOGPROB = {"W8A16": 0.1, "native": 0.6}
+# Log-probabilities: mean and largest difference over 900 tokens. Emulated with the roundings of the kernels: W8A16
+# 3.5e-4 and 0.13, W8A8 1.8e-3 and 0.11; the largest belongs to one token that is sensitive to anything. Draws at
+# temperature 2: emulated W8A8 falls short by 0.05 at most.
+LOGPROB = {"W8A16": (1.5e-3, 0.5), "native": (8e-3, 0.5)}
 SHORTFALL = {"W8A16": 0.1, "native": 0.5}
 HOT = SamplingParams(temperature=2.0)
 # As hot, but nothing is left to chance: one id is kept.
@@ -138,11 +139,18 @@ def long_task(tasks: Sequence[Task]) -> Task:
     return max(tasks, key=lambda task: len(task.prompt))
 
 
-def worst(first: Sequence[float], second: Sequence[float]) -> float:
-    """Largest difference; NaN is the worst of all."""
-    assert len(first) == len(second) > 0
-    apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
-    return math.inf if any(map(math.isnan, apart)) else max(apart)
+Apart = tuple[float, float]  # mean and largest difference
+
+
+def apart(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> Apart:
+    """NaN is the largest difference of all."""
+    pairs = [pair for one, other in zip(found, wanted, strict=True) for pair in zip(one, other, strict=True)]
+    differences = [math.inf if math.isnan(a) else abs(a - b) for a, b in pairs]
+    return sum(differences) / len(differences), max(differences)
+
+
+def is_within(found: Apart, bound: Apart, times: float = 1.0) -> bool:
+    return found[0] < times * bound[0] and found[1] < times * bound[1]
 
 
 # answers -------------------------------------------------------------------------------------------------------------
@@ -211,25 +219,26 @@ def test_graphs_give_the_bits_of_eager_steps(plans: Plans, kind: str, tasks: lis
 
 def test_logprobs_of_decoded_text(plans: Plans, kind: str, truth: Truth, texts: list[list[int]]) -> None:
     """Masks lead nine rows through text that they would not have chosen; each id's log-probability is right."""
-    apart = forced_apart(plans, truth, texts)
-    print(f"\n{kind}: decoded log-probabilities differ by at most {apart:.4f}")
-    assert apart < LOGPROB[kind]
+    found = forced_apart(plans, truth, texts)
+    print(f"\n{kind}: decoded log-probabilities differ by {found}")
+    assert is_within(found, LOGPROB[kind])
 
 
-def forced_apart(plans: Plans, truth: Truth, texts: list[list[int]]) -> float:
-    found = scenarios.forced(plans, texts, 30, 100)
-    return max(worst(row, truth.logprobs(ids)[29:129]) for row, ids in zip(found, texts, strict=True))
+def forced_apart(plans: Plans, truth: Truth, texts: list[list[int]]) -> Apart:
+    return apart(scenarios.forced(plans, texts, 30, 100), [truth.logprobs(ids)[29:129] for ids in texts])
 
 
-def test_prompt_logprobs_in_chunks(plans: Plans, kind: str, truth: Truth, texts: list[list[int]]) -> None:
-    for chunks in CHUNKS:
-        apart = prompts_apart(plans, truth, texts, chunks)
-        print(f"\n{kind}, chunks {chunks}: log-probabilities differ by at most {apart:.4f}")
-        assert apart < LOGPROB[kind]
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_prompt_logprobs_in_chunks(
+    plans: Plans, kind: str, truth: Truth, texts: list[list[int]], chunks: list[int]
+) -> None:
+    found = prompts_apart(plans, truth, texts, chunks)
+    print(f"\n{kind}, chunks {chunks}: log-probabilities differ by {found}")
+    assert is_within(found, LOGPROB[kind])
 
 
-def prompts_apart(plans: Plans, truth: Truth, texts: list[list[int]], chunks: list[int]) -> float:
-    return max(worst(scenarios.prompt_logprobs(plans, ids, chunks), truth.logprobs(ids)) for ids in texts[:5])
+def prompts_apart(plans: Plans, truth: Truth, texts: list[list[int]], chunks: list[int]) -> Apart:
+    return apart([scenarios.prompt_logprobs(plans, ids, chunks) for ids in texts], list(map(truth.logprobs, texts)))
 
 
 def test_draws_are_those_of_the_seed(plans: Plans, kind: str, truth: Truth, texts: list[list[int]]) -> None:
@@ -293,9 +302,12 @@ def longer_context(*args: Any) -> None:
     context_lens[context_lens > 0] += 1
 
 
-def stale_table(ids: torch.Tensor, blocks: torch.Tensor, *rest: Any) -> None:
-    """A new block does not reach the row's table."""
-    REAL_DECODE(ids, torch.full_like(blocks, -1), *rest)
+def stale_table(
+    ids: torch.Tensor, blocks: torch.Tensor, state: Any, tokens: Any, tables: torch.Tensor, *rest: Any
+) -> None:
+    """New blocks do not reach the rows' tables, where a block lies that another row has."""
+    REAL_DECODE(ids, torch.where(blocks >= 0, tables[ids.clamp_min(0).long()[-1], 0], blocks), state, tokens, tables,
+                *rest)  # fmt: skip
 
 
 def swapped_rows(ids: torch.Tensor, *rest: Any) -> None:
@@ -323,20 +335,20 @@ REAL_DECODE, REAL_ROWS = step_inputs.launch_decode, step_inputs.launch_rows
 
 
 def test_without_a_fault_the_eager_runner_is_right(eager: Plans, truth: Truth, texts: list[list[int]]) -> None:
-    assert forced_apart(eager, truth, texts) < LOGPROB["W8A16"]
-    assert prompts_apart(eager, truth, texts, CHUNKS[2]) < LOGPROB["W8A16"]
+    assert is_within(forced_apart(eager, truth, texts), LOGPROB["W8A16"])
+    assert is_within(prompts_apart(eager, truth, texts, CHUNKS[2]), LOGPROB["W8A16"])
 
 
 @pytest.mark.parametrize("fault", [longer_context, stale_table, swapped_rows])
 def test_faults_of_decode_inputs_are_noticed(
     fault: Any, eager: Plans, truth: Truth, texts: list[list[int]], tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Far above the bound of the native runner too, and in the answers."""
+    """Three times above the bound of the native runner too, and in the answers."""
     monkeypatch.setattr(step_inputs, "launch_decode", fault)
-    apart = forced_apart(eager, truth, texts)
+    found = forced_apart(eager, truth, texts)
     spoilt = wrong(scenarios.together(eager, tasks), tasks)
-    print(f"\n{fault.__name__}: log-probabilities differ by {apart:.3f}, {len(spoilt)} of {len(tasks)} answers wrong")
-    assert apart > 3 * LOGPROB["native"] and spoilt
+    print(f"\n{fault.__name__}: log-probabilities differ by {found}, {len(spoilt)} of {len(tasks)} answers wrong")
+    assert not is_within(found, LOGPROB["native"], 3) and spoilt
 
 
 @pytest.mark.parametrize("fault", [wrong_slots, wrong_positions])
@@ -344,9 +356,9 @@ def test_faults_of_prompt_inputs_are_noticed(
     fault: Any, eager: Plans, truth: Truth, texts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_inputs, "launch_rows", fault)
-    apart = prompts_apart(eager, truth, texts, CHUNKS[2])
-    print(f"\n{fault.__name__}: log-probabilities differ by {apart:.3f}")
-    assert apart > 3 * LOGPROB["W8A16"]
+    found = prompts_apart(eager, truth, texts, CHUNKS[2])
+    print(f"\n{fault.__name__}: log-probabilities differ by {found}")
+    assert not is_within(found, LOGPROB["native"], 3)
 
 
 def test_faults_of_sampling_are_noticed(
@@ -354,7 +366,7 @@ def test_faults_of_sampling_are_noticed(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(logit_edits, "mask_rows", lambda *args: None)
-        assert math.isinf(forced_apart(eager, truth, texts)), "dropped masks"
+        assert math.isinf(forced_apart(eager, truth, texts)[1]), "dropped masks"
     for name in ("penalise_rows", "count_tokens"):
         with monkeypatch.context() as patch:
             patch.setattr(logit_edits, name, lambda *args: None)
@@ -393,7 +405,7 @@ def test_a_failed_step_leaves_the_others(plans: Plans, tasks: list[Task]) -> Non
 
 def test_the_engine_over_the_gpu(tasks: list[Task]) -> None:
     """Requests come in while others run, with a plan in flight and too little memory for all: some are preempted,
-    come back, and all get their answers; so they do again, from the prefix cache."""
+    come back, and all get their answers. So they do again, from the prefix cache."""
     config = replace(
         CONFIG, cache=CacheConfig(kv_cache_memory_bytes=13 << 20),
         scheduler=SchedulerConfig(max_model_len=768, max_num_seqs=20, max_num_batched_tokens=512),
