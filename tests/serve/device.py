@@ -114,11 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--fast", action="store_true", help="a device that does not check what it is told")
     parser.add_argument("--shutdown-timeout", type=float, default=30.0)
+    parser.add_argument("--kept-mib", type=int, default=64, help="bound of kept responses, and of kept turns")
     args = parser.parse_args(argv)
     log.setup()
     engine = EngineConfig(load=LoadConfig(model=str(args.folder)), cache=CacheConfig(), scheduler=SchedulerConfig())
     server = ServerConfig(host=args.host, port=args.port, served_model_names=("scripted",), access_log=False,
-                          shutdown_timeout_s=args.shutdown_timeout)  # fmt: skip
+                          shutdown_timeout_s=args.shutdown_timeout, response_store_bytes=args.kept_mib << 20,
+                          replay_bytes=args.kept_mib << 20)  # fmt: skip
     make = functools.partial(build, args.folder, args.blocks, args.max_model_len, args.step_s,
                              args.rows, not args.fast)  # fmt: skip
     return launch.serve(engine, server, make)

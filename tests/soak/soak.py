@@ -174,8 +174,9 @@ def main() -> int:
     folder = build_tokenizer(Path(tempfile.mkdtemp()))
     (folder / "config.json").write_text("{}")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": Tokenizer.load(folder).eos_id}))
-    server = ServerProcess([str(folder), "--blocks", "3000", "--max-model-len", "8192", "--step-s", "0.001", "--fast"],
-                           ("-m", "tests.serve.device"))  # fmt: skip
+    # Bounds that half an hour fills, so that the second half shows whether they hold.
+    server = ServerProcess([str(folder), "--blocks", "3000", "--max-model-len", "8192", "--step-s", "0.001", "--fast",
+                            "--kept-mib", "4"], ("-m", "tests.serve.device"))  # fmt: skip
     try:
         soak = Soak(server, args.seed)
         before = soak.look(time.monotonic())
