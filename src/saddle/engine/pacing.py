@@ -31,6 +31,7 @@ DECODE_PAIRS = 24  # 4 KiB of keys and values at 3 TB/s against 24,576 operation
 TOKENS = 1024  # unit of the fit, so that its numbers are of one size
 PAIRS = TOKENS * EVEN_CONTEXT
 UNREAD = 31 / 32  # of the experts, by one token: each goes to 8 of 256
+LEAST_EXTRA, MOST_EXTRA = -0.5, 3.0  # attention against what the prior says, in parts of it
 KEEP = 0.95  # of the weight of older steps
 # Of fixed, per_token and per_pair: how many steps the prior is worth, and the size of the first in units of the fit.
 PRIOR = ((0.5, 1.0), (0.02, FIRST_TOKENS / TOKENS), (0.05, 0.5))
@@ -138,6 +139,14 @@ class Pacer:
             matrix[row][row] += weight
             right[row] += weight * expected[row]
         fixed, token, extra = solve(matrix, right)
+        if not LEAST_EXTRA * token <= extra <= MOST_EXTRA * token:
+            # Attention is some multiple of the rest: with the nearest that may be, two numbers are left.
+            ratio = LEAST_EXTRA if extra < LEAST_EXTRA * token else MOST_EXTRA
+            (count, tokens, pairs), (_, both, mixed), (_, _, square) = matrix
+            cross, square = tokens + ratio * pairs, both + ratio * (2 * mixed + ratio * square)
+            product = right[1] + ratio * right[2]
+            token = (count * product - cross * right[0]) / (count * square - cross * cross)
+            fixed, extra = (right[0] - cross * token) / count, ratio * token
         self._fixed_s = max(fixed, 0.0)
         self._token_s = max(token, 1e-3 * expected[1]) / TOKENS
         self._pair_s = max(token + extra, 0.0) / PAIRS
