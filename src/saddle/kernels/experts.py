@@ -5,9 +5,10 @@
 
 Work comes in units of one expert and some of its pairs (`router`). With few tokens an expert's weights are read once
 for up to 16 pairs and bytes decide: the weights are the product's rows. With many tokens arithmetic decides: the
-pairs are the rows. Grids are the most units a step can have; programs beyond the device's count end at once, so the
-host never waits. w1 and w3 are interleaved 8 rows by 8 (`tiles`): gate and up of a column meet in one thread. The
-math is that of `moe.experts`; the next norm adds a token's rows in the order of j, so bits do not depend on timing.
+pairs are the rows, and on sm_90 other kernels, with wgmma, take over (`grouped`). Grids are the most units a step can
+have; programs beyond the device's count end at once, so the host never waits. w1 and w3 are interleaved 8 rows by 8
+(`tiles`): gate and up of a column meet in one thread. The math is that of `moe.experts`; the next norm adds a token's
+rows in the order of j, so bits do not depend on timing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels.grouped import GroupedExperts
 from saddle.kernels.quant import Activation
 from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, MAX_FEW_TOKENS, RouterWork, max_units
 from saddle.kernels.target import Target
@@ -266,7 +268,7 @@ def pair_dtype(num_tokens: int) -> torch.dtype:
 
 def experts(
     h: Activation, w13: PackedMatrix, w2: PackedMatrix, work: RouterWork, act: Activation, out: torch.Tensor,
-    target: Target, pdl: int = 0,
+    target: Target, pdl: int = 0, grouped: GroupedExperts | None = None,
 ) -> None:  # fmt: skip
     """The weighted output of every (token, expert) pair.
 
@@ -276,6 +278,7 @@ def experts(
         work: the routing of this step.
         act: [T * top_k, I], scratch.
         out: [T * top_k, H], bf16 or float32, written (rows of tokens that pad are not).
+        grouped: the wgmma kernels for many tokens, where they run; they write bf16 rows.
 
     Raises:
         ValueError: shapes or formats do not fit.
@@ -284,6 +287,10 @@ def experts(
     if num_tokens == 0:
         return
     _check(h, w13, w2, act, out, work, target)
+    if grouped is not None and num_tokens > MAX_FEW_TOKENS and out.dtype == torch.bfloat16:
+        grouped.up(h, w13, work, act)
+        grouped.down(act, w2, work, out)
+        return
     blocks = up_block(num_tokens, w13, target), down_block(num_tokens, w2, target)
     launch(h, w13, w2, work, act, out, blocks, pdl)
 

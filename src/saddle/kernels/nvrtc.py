@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from saddle.errors import SaddleError
@@ -52,6 +54,19 @@ def nvrtc_version() -> tuple[int, int]:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check_nvrtc(nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
     return major.value, minor.value
+
+
+def sources(name: str) -> dict[str, str]:
+    """A kernel's file in `cuda/` and all the headers that it includes, by name."""
+    folder = resources.files("saddle.kernels").joinpath("cuda")
+    found: dict[str, str] = {}
+    wanted = [name]
+    while wanted:
+        file = wanted.pop()
+        if file not in found:
+            found[file] = folder.joinpath(file).read_text()
+            wanted += re.findall(r'^#include "(\S+)"', found[file], re.M)
+    return found
 
 
 def compile_cubin(name: str, sources: Mapping[str, str], options: Sequence[str]) -> bytes:
@@ -147,6 +162,14 @@ class Kernel:
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), pointers
         )
         self._check(status, "cuLaunchCooperativeKernel")
+
+    def launch_apart(self, blocks: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
+        """`launch` of blocks that do not wait for each other."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        status = self._driver.cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), pointers, None
+        )
+        self._check(status, "cuLaunchKernel")
 
     def _check(self, status: int, what: str) -> None:
         if status:

@@ -14,7 +14,6 @@ import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,8 +169,7 @@ def params_type(num_layers: int) -> type[ctypes.Structure]:
 
 def sources() -> dict[str, str]:
     """The kernel's files by name."""
-    folder = resources.files("saddle.kernels").joinpath("cuda")
-    return {entry.name: entry.read_text() for entry in folder.iterdir() if entry.name.endswith((".cu", ".cuh"))}
+    return nvrtc.sources("persistent.cu")
 
 
 def compile_options(shape: DecodeShape, rows: int, kv_format: int, num_ctas: int, profile: bool = False) -> list[str]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import ctypes
 import re
-import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from saddle.kernels import nvrtc, persistent
+from saddle.kernels import grouped, nvrtc, persistent
 from saddle.kernels.persistent import DecodeShape
 from saddle.kernels.target import of_arch
+from tests.support.cubin import local_bytes
 
 M2 = DecodeShape(3072, 48, 8, 256, 8, 1536, 200064, 62)
 DEMO = DecodeShape(256, 12, 2, 16, 4, 128, 1024, 4)
@@ -75,7 +75,8 @@ def test_every_failure_has_its_words() -> None:
 
 
 def test_sizes() -> None:
-    assert sorted(SOURCES) == sorted(path.name for path in Path(persistent.__file__).with_name("cuda").iterdir())
+    files = {path.name for path in Path(persistent.__file__).with_name("cuda").iterdir()}
+    assert files == SOURCES.keys() | grouped.sources().keys()
     for name, text in SOURCES.items():
         lines = text.splitlines()
         assert len(lines) <= 500, name
@@ -131,31 +132,6 @@ def test_compiled_binaries_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 1))
     nvrtc.cached_cubin(tmp_path, "k.cu", files, ["-DX=1"], "sm_90-1")
     assert len(compiled) == 4 and len(list(tmp_path.iterdir())) == 4
-
-
-def local_bytes(cubin: bytes, kernel: str) -> int:
-    """Bytes of stack a thread that a cubin's metadata (.nv.info, EIATTR_MIN_STACK_SIZE) states for a kernel."""
-    offset, = struct.unpack_from("<Q", cubin, 0x28)
-    count, names = struct.unpack_from("<HH", cubin, 0x3C)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, offset + 64 * i) for i in range(count)]
-
-    def name(section: tuple[int, ...]) -> str:
-        start = sections[names][4] + section[0]
-        return cubin[start : cubin.index(b"\0", start)].decode()
-
-    info = next(section for section in sections if name(section) == ".nv.info")
-    at, end = info[4], info[4] + info[5]
-    found = []
-    while at < end:
-        form, attribute, size = struct.unpack_from("<BBH", cubin, at)
-        if form == 4:
-            if attribute == 0x12:
-                found.append(struct.unpack_from("<II", cubin, at + 4)[1])
-            at += 4 + size
-        else:
-            at += 4
-    assert found, kernel
-    return max(found)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+// From sums to memory. A quad of lanes holds 8 columns of a row, 2 a lane, chunk by chunk; it exchanges them such that
+// each lane has 16 adjacent bytes. In every odd chunk (rows 8 to 15 of a tile) the two columns stand exchanged.
+#pragma once
+#include "grouped_product.cuh"
+
+// Words of four chunks -> words of this lane's chunk, from the quad's four lanes.
+DEVICE void exchange(u32 (&w)[4], int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+  u32 a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
+  if (odd) w[0] = a, w[2] = b;
+  else w[1] = a, w[3] = b;
+  a = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2), b = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+  if (high) w[0] = a, w[1] = b;
+  else w[2] = a, w[3] = b;
+}
+
+DEVICE float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
+
+DEVICE float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
+  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+}
+
+// silu(gate) * up in E4M3 with a scale per pair and 128 columns.
+template <int HALVES>
+DEVICE void store_active(const Params& p, Consumer& c, Shared* s, const Tile& tile, int half,
+                         const int (&pairs)[2], float (&sum)[HALVES][64]) {
+  float largest[2] = {0, 0};
+#pragma unroll
+  for (int h = 0; h < HALVES; h++)
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float v = swiglu(sum[h][8 * j + e], sum[h][8 * j + 4 + (e ^ 1)]);
+        sum[h][8 * j + e] = v;
+        largest[e / 2] = fmaxf(largest[e / 2], fabsf(v));
+      }
+  largest[0] = quad_max(largest[0]);
+  largest[1] = quad_max(largest[1]);
+  const int t = c.lane % 4, row = c.warp * 16 + c.lane / 4;
+  if (HALVES == 1) {  // the other 64 columns are the other warpgroup's
+    float(&shared)[2][SLAB] = s->largest[c.exchanges++ % 2];  // one may still read the last one's
+    if (t == 0) shared[c.group][row] = largest[0], shared[c.group][row + 8] = largest[1];
+    consumers_sync();
+    largest[0] = fmaxf(largest[0], shared[c.group ^ 1][row]);
+    largest[1] = fmaxf(largest[1], shared[c.group ^ 1][row + 8]);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float scale = fmaxf(largest[r], 1e-10f) / 448.f, inverse = 1.f / scale;
+    const bool real = pairs[r] >= 0;
+    if (real && t == 0 && half == 0) p.output_scales[(size_t)pairs[r] * (INTERMEDIATE / 128) + tile.block] = scale;
+    u8* to = (u8*)p.output + (size_t)pairs[r] * INTERMEDIATE + tile.block * 128 + half * 64 + t * 16;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+      u32 w[4];
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        const float* v = sum[h] + 16 * q + 2 * r;
+        w[q] = pack_e4m3(v[0] * inverse, v[1] * inverse) | pack_e4m3(v[8] * inverse, v[9] * inverse) << 16;
+      }
+      exchange(w, c.lane);
+      const uint4 all = make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410),
+                                   __byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632));
+      if (real) *(uint4*)(to + h * 64) = all;
+    }
+  }
+}
+
+// The pair's share of its token, in bf16.
+template <int HALVES>
+DEVICE void store_shares(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2],
+                         float (&sum)[HALVES][64]) {
+  const int t = c.lane % 4;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const bool real = pairs[r] >= 0;
+    const float share = real ? p.shares[pairs[r]] : 0.f;
+    u16* to = (u16*)p.output + (size_t)pairs[r] * HIDDEN + tile.block * ROWS + half * HALF + t * 8;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        u32 w[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float* v = sum[h] + 16 * q + 4 * j + 2 * r;
+          w[j] = pack_bf16(v[j % 2] * share, v[1 - j % 2] * share);
+        }
+        exchange(w, c.lane);
+        if (real) *(uint4*)(to + h * HALF + q * 32) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+  }
+}

@@ -1,0 +1,90 @@
+// Single instructions under their names. Contract: no state, no decisions. `u32` addresses are in shared memory.
+#pragma once
+#include "grouped_shapes.cuh"
+
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+DEVICE float lds_f32(u32 at) {
+  float v;
+  asm volatile("ld.shared.f32 %0,[%1];" : "=f"(v) : "r"(at) : "memory");
+  return v;
+}
+
+// ---- mbarriers
+DEVICE void mbarrier_init(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(at), "r"(count)); }
+DEVICE void mbarrier_arrive(u32 at) { asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(at) : "memory"); }
+DEVICE void mbarrier_expect(u32 at, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(at), "r"(bytes) : "memory");
+}
+DEVICE void mbarrier_wait(u32 at, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
+                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  } while (!done);
+}
+DEVICE void consumers_sync() { asm volatile("bar.sync 1,%0;" ::"n"(CONSUMERS) : "memory"); }
+
+// ---- copies into shared memory
+DEVICE void tensor_copy(u32 to, const TensorMap* map, int tile_k, int slot, int row_tile, u32 mbarrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3,%4,%5,%6}],[%7];" ::"r"(to),
+      "l"(map), "r"(0), "r"(0), "r"(tile_k), "r"(slot), "r"(row_tile), "r"(mbarrier)
+      : "memory");
+}
+DEVICE void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copy4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(to), "l"(from) : "memory");
+}
+// Arrives when all copies of this thread so far have landed.
+DEVICE void copies_arrive(u32 mbarrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbarrier) : "memory");
+}
+// What was written into shared memory by threads, and what this one knows of, becomes visible to its wgmma.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- numbers
+DEVICE u32 pack_bf16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE u32 pack_e4m3(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// ---- matrix units. An operand of wgmma whose k lies along rows of WIDTH bytes in shared memory, 16-byte chunks XORed
+// with the row as the copy engine's swizzle of that width does; GROUP bytes from 8 rows to the next.
+template <int WIDTH, int GROUP> DEVICE u64 operand(u32 at) {
+  constexpr u64 KIND = WIDTH == 128 ? 1 : 2;
+  return (KIND << 62) | ((u64)(GROUP >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
+}
+DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// The sums are operands, so that no use of them moves in front of the wait.
+DEVICE void wgmma_wait(float (&d)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+// d[64][128] (+)= a[64][32] b[128][32]^T, E4M3. Lane 4 g + t of warp w holds of rows 16 w + g (d[4 j], d[4 j + 1]) and
+// 16 w + g + 8 (d[4 j + 2], d[4 j + 3]) the columns 8 j + 2 t and 8 j + 2 t + 1.
+DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int add) {
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p,%66,0;"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,"
+      "%61,%62,%63},%64,%65,p,1,1;}"
+      : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
+      : "l"(a), "l"(b), "r"(add));
+#undef D8
+}

@@ -1,0 +1,76 @@
+"""The wgmma kernels of the experts without a GPU: they compile without spilled sums, host and device agree on their
+parameters, and what they cannot serve is refused with the reason."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from saddle.kernels import grouped, nvrtc, tiles
+from saddle.kernels.target import of_arch
+from tests.support.cubin import local_bytes
+
+SOURCES = grouped.sources()
+TEXT = "\n".join(SOURCES.values())
+H100 = of_arch("sm_90")
+FP8 = tiles.Fp8Tiles()
+
+
+def weights(hidden: int, inner: int, num_experts: int, tile_format: Any = FP8) -> tuple[Any, Any]:
+    w13 = tiles.allocate(2 * inner, hidden, tile_format, "meta", (num_experts,), True)
+    return w13, tiles.allocate(hidden, inner, tile_format, "meta", (num_experts,))
+
+
+def test_parameters_are_the_same_on_both_sides() -> None:
+    body = re.search(r"struct Params {\n(.*?)\n};", SOURCES["grouped_work.cuh"], re.S)
+    assert body is not None
+    theirs = re.findall(r"^  (?:const )?(\w+)(\*)? (\w+);", body.group(1), re.M)
+    assert theirs[0] == ("TensorMap", "", "weights") and theirs[-1] == ("int", "", "capacity")
+    assert all(pointer for _, pointer, _ in theirs[1:-1])
+    assert [name for *_, name in theirs] == [name for name, *_ in grouped.Params._fields_ if name != "padding"]
+
+
+def test_constants_are_the_same_on_both_sides() -> None:
+    values = dict(re.findall(r"^constexpr int (\w+) = (\d+);", TEXT, re.M))
+    assert int(values["ROWS"]) == grouped.ROWS and int(values["STAGES"]) == grouped.STAGES
+    assert int(values["CONSUMERS"]) + int(values["PRODUCERS"]) == grouped.BLOCK_THREADS
+    turn = int(values["TURN_K"])
+    assert (grouped.ROWS + int(values["PAIRS"])) * turn == grouped.STAGE_BYTES
+    assert turn * 32 == grouped.MAX_COLUMNS
+
+
+def test_sizes() -> None:
+    for name, text in SOURCES.items():
+        lines = text.splitlines()
+        assert len(lines) <= 500 and max(map(len, lines)) <= 140, name
+        assert text.startswith("//"), f"{name} does not say why it exists"
+
+
+def test_what_does_not_fit_is_refused_with_the_reason() -> None:
+    assert grouped.unsupported(*weights(3072, 1536, 256), H100) is None
+    assert grouped.unsupported(*weights(256, 128, 16), H100) is None
+    for shape, word in (
+        ((384, 128, 16), "hidden size"), ((4608, 128, 16), "columns"), ((256, 128, 512), "experts"),
+        ((256, 128, 16, tiles.Fp8Tiles(64)), "128 columns"), ((256, 128, 16, tiles.Bf16Tiles()), "FP8 tiles"),
+    ):  # fmt: skip
+        assert word in (grouped.unsupported(*weights(*shape), H100) or ""), shape
+    for arch in ("sm_89", "sm_100", "gfx942"):
+        assert arch in (grouped.unsupported(*weights(256, 128, 16), of_arch(arch)) or "")
+
+
+def test_without_a_gpu_the_start_says_why() -> None:
+    found, line = grouped.prepare(*weights(256, 128, 16), 4, H100)
+    assert found is None and "Triton kernels" in line and "meta" in line
+
+
+@pytest.mark.parametrize("shape", [(3072, 1536, 256, 8), (256, 128, 16, 4)], ids=["m2", "demo"])
+def test_compiles(shape: tuple[int, int, int, int]) -> None:
+    try:
+        version = nvrtc.nvrtc_version()
+    except nvrtc.CudaError as error:
+        pytest.skip(f"NOT TESTED: {error}")
+    cubin = nvrtc.compile_cubin("grouped.cu", SOURCES, grouped.compile_options(*shape))
+    # A spilled word is harmless; more would mean that setmaxnreg is without effect.
+    assert cubin[:4] == b"\x7fELF" and local_bytes(cubin, "grouped") <= 32, version
