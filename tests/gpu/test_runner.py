@@ -267,7 +267,7 @@ def test_edits_beside_plain_rows(plans: Plans, tasks: list[Task]) -> None:
     first, second = task.answer[:2]
     params = [
         GREEDY,
-        SamplingParams(temperature=0.0, logit_bias={77: 100.0, 5: -3.0}),
+        SamplingParams(temperature=0.0, logit_bias={77: 100.0, 5: -3.0}, logprobs=2),
         SamplingParams(temperature=0.0, allowed_token_ids=[78, 90], logit_bias={90: 50.0}),
         SamplingParams(temperature=0.0, bad_words_ids=[(first, second)]),
         SamplingParams(temperature=0.0, bad_words_ids=[(first,)]),
@@ -285,7 +285,10 @@ def test_edits_beside_plain_rows(plans: Plans, tasks: list[Task]) -> None:
     assert ids[4] != first and ids[5] not in (first, second)
     [entry] = result.samples[7].logprobs or []
     assert (entry.token_id, entry.rank, len(entry.top)) == (first, 1, 3) and entry.top[0] == (first, entry.logprob)
-    assert all(sample.logprobs is None for sample in result.samples[:7])
+    [biased] = result.samples[1].logprobs or []  # those of the logits as the model gave them
+    assert biased.token_id == 77 and biased.rank > 1 and biased.logprob < entry.logprob - 3
+    assert len(biased.top) == 2 and biased.top[0] == entry.top[0]
+    assert all(result.samples[row].logprobs is None for row in (0, 2, 3, 4, 5, 6))
     plans.step(*(plans.work(row, 1) for row in rows))
     assert [plans.output(row)[1] for row in (0, 1, 2, 7)] == [second, 77, 90, second]
     assert plans.output(3)[1] != second

@@ -8,10 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from saddle.kernels import logit_edits, sampling
+from saddle.kernels import logit_edits, logprobs, sampling
 from saddle.protocol import SamplingParams
 from saddle.runner import logits as edit
 from saddle.runner.random import keys_of, uniform
+from tests.support.edited_rows import edited_both_ways
+from tests.support.logprob_reference import assert_equal
 from tests.support.sampling_reference import PARAMS, p_value, scores, state_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -164,3 +166,27 @@ def test_masks_and_penalties_equal_those_of_torch() -> None:
     logit_edits.count_tokens(slots, rows, drawn, counts)
     logit_edits.penalise_rows(logits, slots, rows, state, counts)
     torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_lists_of_edits_equal_those_of_torch() -> None:
+    found, wanted, raw = edited_both_ways(VOCAB, torch.device("cuda"))
+    assert torch.equal(found, wanted)
+    assert (found != raw).any(1).sum() == 7  # of nine rows one asks for nothing, and one is long enough
+
+
+@pytest.mark.parametrize("num_valid", [VOCAB, 200_000])
+@pytest.mark.parametrize(("num_rows", "num_top"), [(1, 20), (2, 0), (3, 1), (33, 5), (64, 20), (256, 64)])
+def test_logprobs_equal_those_of_torch(num_rows: int, num_top: int, num_valid: int) -> None:
+    logits = torch.randn(num_rows + 1, VOCAB, device="cuda") * 3
+    logits[::2] = (logits[::2] * 4).round() / 4  # with ties
+    logits[:, num_valid:] = 50.0
+    order = torch.randperm(num_rows + 1)[:num_rows].to(torch.int32).cuda()
+    tokens = torch.randint(num_valid, (num_rows + 1,), device="cuda")
+    tokens[::3] = logits[::3, :num_valid].argmax(-1)
+    work = logprobs.LogprobWork.allocate(num_rows, VOCAB, torch.device("cuda"))
+    for part in (work.group_max, work.chunk_max, work.chunk_sum, work.values):
+        part.fill_(torch.nan)
+    out = torch.full((num_rows, 3 + 2 * num_top), torch.nan, dtype=torch.float64, device="cuda")
+    logprobs.launch(logits, order, tokens.to(torch.int32), num_top, work, out, num_valid)
+    index = order.long()
+    assert_equal(out, logits[index, :num_valid], tokens[index], num_top)

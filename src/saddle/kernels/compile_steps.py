@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from saddle.kernels import logit_edits, sampling, step_inputs
+from saddle.kernels import logit_edits, logprobs, sampling, step_inputs
 from saddle.kernels.row_state import ROW_WIDTH
 from saddle.kernels.target import Target
 
@@ -16,7 +16,7 @@ def _numbers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def launch_sampling(_: Target) -> None:
-    """Drawing, masks and penalties."""
+    """Drawing, masks, lists of edits, penalties and log-probabilities."""
     logits, state, slots = _numbers(ROWS, VOCAB, dtype=torch.float32), _numbers(ROWS, ROW_WIDTH), _numbers(ROWS)
     work = sampling.SamplingWork.allocate(ROWS, VOCAB, torch.device("meta"))
     sampling.launch(logits, slots, slots, state, work, _numbers(ROWS, LENGTH), slots, VOCAB)
@@ -25,6 +25,9 @@ def launch_sampling(_: Target) -> None:
     logit_edits.penalise_rows(logits, slots, slots, state, counts)
     logit_edits.count_tokens(slots, slots, slots, counts)
     logit_edits.mark_tokens(_numbers(LENGTH), counts[0], 100)
+    logit_edits.edit_rows(logits, _numbers(ROWS, 6, dtype=torch.int64), slots, _numbers(ROWS, LENGTH))
+    scoring = logprobs.LogprobWork.allocate(ROWS, VOCAB, torch.device("meta"))
+    logprobs.launch(logits, slots, slots, 20, scoring, _numbers(ROWS, 43, dtype=torch.float64), VOCAB)
 
 
 def launch_inputs(_: Target) -> None:

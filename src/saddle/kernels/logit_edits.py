@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""Edits of logits that touch a whole row: grammar masks and penalties, in place, for the slots that ask.
+"""Edits of logits, in place, for the slots that ask; each is one launch for all of them.
 
-    mask_rows      ids whose bit is 0 become -inf
+    mask_rows      grammar masks: ids whose bit is 0 become -inf
+    edit_rows      what a request lists: bias, bans, bans up to a length, bad words, permitted ids
     mark_tokens    at admission: which ids a row's prompt has, and how often its output has each
     penalise_rows  repetition, presence and frequency penalty
     count_tokens   after sampling: one more of the drawn id
@@ -19,6 +20,10 @@ import triton.language as tl
 from saddle.kernels.row_state import FREQUENCY, PRESENCE, REPETITION, ROW_WIDTH
 
 CHUNK = 4096
+EDIT_WIDTH = tl.constexpr(6)  # numbers of a slot's edits, see `edit_rows`
+ENTRY_WIDTH = tl.constexpr(5)  # numbers of one edit
+ENTRIES = 128  # edits of a row that are looked at together
+ALWAYS = (1 << 31) - 1  # an edit that ends at no position
 IN_PROMPT = tl.constexpr(1 << 30)
 MARK_BLOCK = 1024
 
@@ -47,7 +52,73 @@ def mask_rows(logits: torch.Tensor, slots: torch.Tensor, bits: torch.Tensor) -> 
     )
 
 
-@triton.jit(do_not_specialize=["num_prompt", "num_tokens"])
+@triton.jit
+def _apply_entries(row_logits, entries, num_entries, heads, longest, row_tokens, position, ENTRIES: tl.constexpr):
+    """Add to single ids whatever the row's list says of them."""
+    for start in range(0, num_entries, ENTRIES):
+        index = start + tl.arange(0, ENTRIES)
+        inside = index < num_entries
+        entry = entries + index * ENTRY_WIDTH
+        token = tl.load(entry, mask=inside, other=0)
+        value = tl.load(entry + 1, mask=inside, other=0).to(tl.float32, bitcast=True)
+        head = heads + tl.load(entry + 3, mask=inside, other=0)
+        length = tl.load(entry + 4, mask=inside, other=0)
+        applies = inside & (position < tl.load(entry + 2, mask=inside, other=0)) & (position >= length)
+        for place in range(longest):
+            is_head = applies & (place < length)
+            wanted = tl.load(head + place, mask=is_head, other=0)
+            written = tl.load(row_tokens + position - length + place, mask=is_head, other=0)
+            applies = applies & ((place >= length) | (wanted == written))
+        # Added, not set: several may name the same id.
+        tl.atomic_add(row_logits + token, value, mask=applies)
+
+
+@triton.jit(do_not_specialize=["token_stride"])
+def _edit_rows(
+    logits, stride, edits, positions, row_tokens, token_stride, vocab_size, CHUNK: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """See `edit_rows`; program (edited slot, chunk)."""
+    mine = edits + tl.program_id(0) * EDIT_WIDTH
+    slot, row = tl.load(mine), tl.load(mine + 1)
+    row_logits = logits + slot * stride
+    permitted = tl.load(mine + 5)
+    if permitted != 0:
+        ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+        inside = ids < vocab_size
+        word = tl.load(permitted.to(tl.pointer_type(tl.int32)) + ids // 32, mask=inside, other=-1)
+        # Whether an id that is not permitted is also edited below, before or after, changes nothing: it stays -inf.
+        tl.store(row_logits + ids, -float("inf"), mask=inside & (((word >> (ids % 32)) & 1) == 0))
+    if tl.program_id(1) == 0:
+        lists = tl.load(mine + 2).to(tl.pointer_type(tl.int32))
+        counts = tl.load(mine + 3)
+        num_entries, longest = (counts & 0xFFFFFFFF).to(tl.int32), (counts >> 32).to(tl.int32)
+        heads = tl.load(mine + 4).to(tl.pointer_type(tl.int32))
+        _apply_entries(row_logits, lists, num_entries, heads, longest, row_tokens + row * token_stride,
+                       tl.load(positions + slot), ENTRIES)  # fmt: skip
+
+
+def edit_rows(
+    logits: torch.Tensor, edits: torch.Tensor, positions: torch.Tensor, row_tokens: torch.Tensor
+) -> None:
+    """Add to logits, or forbid ids, as the rows' lists say.
+
+    Args:
+        logits: [S, V] float32, changed in place; rows may be strided.
+        edits: [N, 6] int64, of each slot that is edited: the slot, its row; the address of its list, [n, 5] int32 of
+            id, what is added (float bits), the position from which on it is not, where the ids that must have come
+            just before begin, and how many they are; n, and from bit 32 on the most such ids; the address of those
+            ids, int32; the address of its permitted ids, one bit each in int32 words, or 0 where all are.
+        positions: [S] int32, the position that the new token of each slot takes.
+        row_tokens: [num_rows, max_len] int32, the ids of all rows.
+    """
+    vocab_size = logits.shape[1]
+    _edit_rows[(len(edits), triton.cdiv(vocab_size, CHUNK))](
+        logits, logits.stride(0), edits, positions, row_tokens, row_tokens.stride(0), vocab_size, CHUNK=CHUNK,
+        ENTRIES=ENTRIES, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_prompt", "num_tokens"], do_not_specialize_on_alignment=["row_tokens", "counts"])
 def _mark_tokens(row_tokens, counts, num_prompt, num_tokens, MARK_BLOCK: tl.constexpr):
     place = tl.program_id(0) * MARK_BLOCK + tl.arange(0, MARK_BLOCK)
     inside = place < num_tokens

@@ -17,7 +17,7 @@ from saddle.runner.random import key_numbers
 from saddle.runner.rows import RowMirror
 
 
-def _bits(value: float) -> int:
+def float_bits(value: float) -> int:
     """The bits of a float32 as int32."""
     found: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return found
@@ -36,12 +36,12 @@ def row_numbers(params: SamplingParams, seed: int, num_computed: int, vocab_size
         first,
         second,
         params.top_k if 0 < params.top_k < vocab_size else 0,
-        _bits(0.0 if params.is_greedy else params.temperature),
-        _bits(params.top_p),
-        _bits(params.min_p),
-        _bits(params.repetition_penalty),
-        _bits(params.presence_penalty),
-        _bits(params.frequency_penalty),
+        float_bits(0.0 if params.is_greedy else params.temperature),
+        float_bits(params.top_p),
+        float_bits(params.min_p),
+        float_bits(params.repetition_penalty),
+        float_bits(params.presence_penalty),
+        float_bits(params.frequency_penalty),
     ]
     return numbers + [0] * (ROW_WIDTH - len(numbers))
 

@@ -1,8 +1,8 @@
 """Logits in, token ids out, on a GPU, without waiting for it.
 
 Plain rows (greedy, temperature, top_k, top_p, min_p) take two launches in all, which can be a graph. What other rows
-ask for is done in front, in place and for their slots alone: masks and penalties by kernels, the rare edits (bias,
-bans, min_tokens) by a few operations a row. Log-probabilities are those of the logits as the model gave them.
+ask for is done in front, in place and for their slots alone, by one launch for all masks, one for all lists of edits
+(bias, bans, least lengths) and one for all penalties. Log-probabilities are those of the logits as the model gave them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from saddle.kernels import logit_edits, sampling
+from saddle.kernels import logit_edits, logprobs, sampling
 from saddle.protocol import RowAdmit, RowSample, RowWork, StepMask, TokenLogprobs
 from saddle.runner import logits as edit
+from saddle.runner.device_edits import DeviceEdits, device_edits_of
 from saddle.runner.device_rows import DeviceRows
 from saddle.runner.sampler import score, to_logprobs
 
-MAX_SCORED = 64  # positions whose log-probabilities exist at once: 51 MB at M2's vocabulary, and as much to rank them
+MAX_SORTED = 16  # positions of which torch gives more of the best ids than the kernels do, at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,9 @@ class DeviceSampler:
         self._num_valid = num_valid_tokens
         self._eos_ids = eos_ids
         self._work = sampling.SamplingWork.allocate(num_rows, rows.vocab_size, rows.device)
+        self._score_work = logprobs.LogprobWork.allocate(num_rows, rows.vocab_size, rows.device)
         self.ids = torch.zeros(num_rows, dtype=torch.int32, device=rows.device)
-        self._edits: dict[int, edit.RowEdits] = {}
+        self._edits: dict[int, DeviceEdits] = {}
         self._penalised: set[int] = set()
         self._scored: set[int] = set()
         self._counts: torch.Tensor | None = None  # made when the first row asks: it is as large as the logits
@@ -60,7 +62,8 @@ class DeviceSampler:
     @staticmethod
     def num_bytes(num_rows: int, vocab_size: int) -> int:
         """Work space, and the counts of penalties should they be asked for."""
-        return sampling.SamplingWork.num_bytes(num_rows, vocab_size) + 4 * num_rows * (vocab_size + 1)
+        work = sampling.SamplingWork.num_bytes(num_rows, vocab_size)
+        return work + logprobs.LogprobWork.num_bytes(num_rows, vocab_size) + 4 * num_rows * (vocab_size + 1)
 
     def admit(self, admit: RowAdmit) -> None:
         """Prepare for a row's new request; its tokens are in the rows already."""
@@ -70,7 +73,7 @@ class DeviceSampler:
         self._scored.discard(row)
         if params.logprobs is not None:
             self._scored.add(row)
-        edits = edit.edits_of(admit, self._rows.vocab_size, self._eos_ids, self._rows.device, penalties=False)
+        edits = device_edits_of(admit, self._rows.vocab_size, self._eos_ids, self._rows.device)
         if edits is not None:
             self._edits[row] = edits
         if params.has_penalties:
@@ -104,11 +107,16 @@ class DeviceSampler:
         Args:
             logits: [S, V] float32; row i belongs to `work[i]`, more than that are padding. Overwritten.
         """
-        num_top = {slot: count for slot, item in enumerate(work)
-                   if (count := self._rows.params[item.row].logprobs) is not None}  # fmt: skip
-        raw = logits.index_select(0, self._upload(list(num_top))) if num_top else None
+        masked = set() if mask is None else set(mask.rows)
+        changed = {slot for slot, item in enumerate(work)
+                   if item.row in self._edits or item.row in self._penalised or item.row in masked}  # fmt: skip
+        wanted = {slot: count for slot, item in enumerate(work)
+                  if (count := self._rows.params[item.row].logprobs) is not None}  # fmt: skip
+        # Only what is about to be edited has to be copied.
+        kept, copied = [slot for slot in wanted if slot not in changed], [slot for slot in wanted if slot in changed]
+        raw = logits.index_select(0, self._upload(copied)) if copied else None
         self._mask(logits, work, mask)
-        self._edit(logits, work)
+        self._edit(logits, work, positions)
         penalised = [slot for slot, item in enumerate(work) if item.row in self._penalised]
         slots = self._upload(penalised) if penalised else None
         if slots is not None:
@@ -116,24 +124,38 @@ class DeviceSampler:
         ids = self.launch(logits, rows, positions)
         if slots is not None:
             logit_edits.count_tokens(slots, rows, ids, self._penalty_counts())
-        scores = None
+        if not wanted:
+            return Drawn(work, ids, None, {})
+        most, parts = max(wanted.values()), []
+        if kept:
+            parts.append(self._score_rows(logits, self._upload(kept), ids, most))
         if raw is not None:
-            chosen = ids.index_select(0, self._upload(list(num_top))).to(torch.int64)
-            scores = self.score(raw, chosen, max(num_top.values()))
-        return Drawn(work, ids, scores, num_top)
+            parts.append(self.score(raw, ids.index_select(0, self._upload(copied)), most))
+        num_top = {slot: wanted[slot] for slot in (*kept, *copied)}
+        return Drawn(work, ids, parts[0] if len(parts) == 1 else torch.cat(parts), num_top)
 
     def score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> torch.Tensor:
-        """Log-probabilities of given ids, as `sampler.score`, at most `MAX_SCORED` positions at a time.
+        """Log-probabilities of given ids, in the layout of `sampler.score`.
 
         Args:
-            logits: [N, V] float32. Overwritten.
-            token_ids: [N] int64.
+            logits: [N, V] float32, at most as many positions as there are rows.
+            token_ids: [N] int32.
         """
-        if self._num_valid < logits.shape[1]:
-            logits[:, self._num_valid :] = -torch.inf
-        parts = [score(logits[start : start + MAX_SCORED], token_ids[start : start + MAX_SCORED], num_top)
-                 for start in range(0, len(token_ids), MAX_SCORED)]  # fmt: skip
-        return torch.cat(parts)
+        return self._score_rows(logits, self._score_work.every[: len(token_ids)], token_ids, num_top)
+
+    def _score_rows(
+        self, logits: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor, num_top: int
+    ) -> torch.Tensor:
+        """`score` of some rows of the logits; `token_ids` are those of all of them."""
+        num_top = min(num_top, self._num_valid)
+        if num_top > logprobs.MAX_TOP:
+            parts = [score(logits.index_select(0, some)[:, : self._num_valid],
+                           token_ids.index_select(0, some).to(torch.int64), num_top)
+                     for some in slots.split(MAX_SORTED)]  # type: ignore[no-untyped-call]  # fmt: skip
+            return torch.cat(parts)
+        out = torch.empty(len(slots), 3 + 2 * num_top, dtype=torch.float64, device=logits.device)
+        logprobs.launch(logits, slots, token_ids, num_top, self._score_work, out, self._num_valid)
+        return out
 
     def _penalty_counts(self) -> torch.Tensor:
         if self._counts is None:
@@ -158,14 +180,12 @@ class DeviceSampler:
         table = packed.to(logits.device, non_blocking=True)
         logit_edits.mask_rows(logits, self._upload([slot for slot, _ in masked]), table)
 
-    def _edit(self, logits: torch.Tensor, work: list[RowWork]) -> None:
-        rows = self._rows
-        for slot, item in enumerate(work):
-            edits = self._edits.get(item.row)
-            if edits is not None:
-                length = rows.num_known[item.row]
-                written = rows.token_ids[item.row, :length]
-                edit.apply(logits[slot], edits, rows.params[item.row], written, length - rows.num_prompt[item.row])
+    def _edit(self, logits: torch.Tensor, work: list[RowWork], positions: torch.Tensor) -> None:
+        edited = [self._edits[item.row].numbers(slot, item.row) for slot, item in enumerate(work)
+                  if item.row in self._edits]  # fmt: skip
+        if edited:
+            table = torch.tensor(edited, dtype=torch.int64, pin_memory=logits.is_cuda)
+            logit_edits.edit_rows(logits, table.to(logits.device, non_blocking=True), positions, self._rows.token_ids)
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         """[N] int32 on the device, without waiting for it."""

@@ -2,11 +2,13 @@
 
 A decode step is an upload of a few numbers, a graph of the forward pass and a graph of plain sampling; the ids go to
 pinned memory behind an event, and are read when the engine asks for them. Rows that ask for more than plain sampling
-make that second half a handful of launches. Steps with prompts are launched kernel by kernel.
+make that second half a handful of launches. Steps with prompts are launched kernel by kernel, or, up to some hundred
+tokens, as a graph between any two layers' attention.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ from saddle.runner.compile_watch import CompileWatch
 from saddle.runner.device_batch import DeviceBatch, DeviceBatcher
 from saddle.runner.device_rows import DeviceRows
 from saddle.runner.device_sampler import DeviceSampler, Drawn, to_samples
-from saddle.runner.graphs import DecodeGraphs
+from saddle.runner.graphs import DecodeGraphs, PieceGraphs
 from saddle.runner.sampler import to_logprobs
 from saddle.runner.steps import Outcome
 
@@ -47,6 +49,8 @@ logger = logging.getLogger(__name__)
 RESERVE_BYTES = 1 << 30
 # Of a graph with some 500 kernels: its nodes and their arguments, forward and sampling together.
 GRAPH_BYTES = 8 << 20
+# Of a piece of a layer.
+PIECE_BYTES = 160 << 10
 
 
 # Rows of decode steps that are run at start beyond what graphs are captured for: kernels choose tiles by such steps.
@@ -119,6 +123,7 @@ class FusedPath:
         self._batcher: DeviceBatcher
         self._sampler: DeviceSampler
         self._graphs: DecodeGraphs
+        self._pieces: PieceGraphs
         self._logits: dict[int, torch.Tensor] = {}  # of decode steps, by size
 
     def _count_step_bytes(self, max_rows: int, max_tokens: int, block_size: int) -> int:
@@ -131,6 +136,7 @@ class FusedPath:
             + DeviceRows.num_bytes(max_rows, longest, block_size)
             + DeviceSampler.num_bytes(max_rows, shape.vocab_size)
             + GRAPH_BYTES * len(self._config.compile.capture_sizes(max_rows))
+            + PIECE_BYTES * (shape.num_layers + 1) * len(self._config.compile.piece_sizes(max_tokens))
             + RESERVE_BYTES
         )
 
@@ -147,7 +153,8 @@ class FusedPath:
         if self.uniform_routing:
             logger.info("Experts are a hash of layer, position and token: random weights would route unevenly.")
         self.rows = DeviceRows(info.max_num_seqs, longest, info.block_size, info.vocab_size, self._device)
-        self._batcher = DeviceBatcher(self.rows, longest)
+        self._pieces = PieceGraphs(self._config.compile.piece_sizes(info.max_num_batched_tokens), self.model.num_pieces)
+        self._batcher = DeviceBatcher(self.rows, longest, max(self._pieces.sizes, default=0))
         self._sampler = DeviceSampler(self.rows, self._num_valid, self._eos_ids)
         self.kv_blocks = info.num_blocks
         self._max_tokens, self._longest = info.max_num_batched_tokens, longest
@@ -177,7 +184,12 @@ class FusedPath:
         self._graphs.capture(
             self._decode,
             self._sample_plain,
-            lambda done, count: on_progress("warming up", 0.5 + done / (2 * count), f"graph {done + 1} of {count}"),
+            lambda done, count: on_progress("warming up", 0.5 + done / (4 * count), f"graph {done + 1} of {count}"),
+        )
+        self._pieces.capture(
+            lambda size, number: self.model.piece(number, self._batcher.piece_inputs(size), self.kv),
+            self._graphs.pool,
+            lambda done, count: on_progress("warming up", 0.75 + done / (4 * count), f"pieces {done + 1} of {count}"),
         )
         torch.cuda.synchronize()
         self.compile_watch.start()
@@ -242,8 +254,11 @@ class FusedPath:
         began.record()
         self.num_launches = 1
         if not self._batcher.is_decode(work):
-            batch = self._batcher.mixed(work)
-            hidden = self.model.hidden(batch.inputs, self.kv)
+            has_prompt = any(item.num_tokens > 1 for item in work)
+            padded = self._pieces.size_for(sum(item.num_tokens for item in work)) if has_prompt else 0
+            batch = self._batcher.mixed(work, padded)
+            replay = functools.partial(self._pieces.replay, padded) if padded else None
+            hidden = self.model.hidden(batch.inputs, self.kv, replay)
             logits = None if batch.scored else self.model.logits(hidden)
             return Launched(batch, logits, hidden, began)
         size = self._graphs.size_for(len(work))
@@ -313,7 +328,7 @@ class FusedPath:
         for item, first in batch.scored:
             count = min(item.num_tokens, self.rows.num_prompt[item.row] - 1 - first)
             num_top = self.rows.params[item.row].prompt_logprobs or 0
-            ids = self.rows.token_ids[item.row, first + 1 : first + 1 + count].to(torch.int64)
+            ids = self.rows.token_ids[item.row, first + 1 : first + 1 + count]
             most = len(self.rows.epochs)
             parts = [
                 self._sampler.score(self.model.logits(hidden[start + at : start + min(at + most, count)]),

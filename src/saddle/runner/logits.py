@@ -53,13 +53,9 @@ class RowEdits:
 
 
 def edits_of(
-    admit: RowAdmit, vocab_size: int, eos_ids: frozenset[int], device: torch.device, penalties: bool = True
+    admit: RowAdmit, vocab_size: int, eos_ids: frozenset[int], device: torch.device
 ) -> RowEdits | None:
-    """The edits that a request asks for, None for most.
-
-    Args:
-        penalties: False where kernels apply them.
-    """
+    """The edits that a request asks for, None for most."""
     params = admit.params
 
     def ids(values: list[int]) -> torch.Tensor:
@@ -80,7 +76,7 @@ def edits_of(
     stops = {token for token in stops if 0 <= token < vocab_size}
     if params.min_tokens and stops:
         edits.until_min = ids(sorted(stops))
-    if params.has_penalties and penalties:
+    if params.has_penalties:
         edits.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         edits.in_prompt[ids(admit.token_ids[: admit.num_prompt])] = True
         output = ids(admit.token_ids[admit.num_prompt :])

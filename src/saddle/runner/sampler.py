@@ -161,11 +161,11 @@ def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> torch.Tensor
 
     Returns:
         [n, 3 + 2 k] float64, k = min(num_top, V): id, its log-probability and rank, the k best log-probabilities,
-        their ids.
+        their ids. The rank is vLLM's: how many ids are at least as likely.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     own = logprobs.gather(1, ids.unsqueeze(1))
-    rank = (logprobs > own).sum(-1, keepdim=True) + 1
+    rank = (logits >= logits.gather(1, ids.unsqueeze(1))).sum(-1, keepdim=True)
     top, top_ids = torch.topk(logprobs, min(num_top, logprobs.shape[1]), dim=-1)
     return torch.cat([part.to(torch.float64) for part in (ids.unsqueeze(1), own, rank, top, top_ids)], dim=1)
 

@@ -1,4 +1,4 @@
-"""Masks and penalties by kernels equal those of torch, in Triton's interpreter."""
+"""Masks, lists of edits and penalties by kernels equal those of torch, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from saddle.kernels import logit_edits
 from saddle.protocol import SamplingParams
 from saddle.runner import logits as edit
+from tests.support.edited_rows import edited_both_ways
 from tests.support.interpreted import in_interpreter, outside, run_file
 from tests.support.sampling_reference import state_of
 
@@ -30,6 +31,15 @@ def test_masks() -> None:
         wanted[slot].masked_fill_(~allowed, -torch.inf)
     logit_edits.mask_rows(logits, torch.tensor([3, 1], dtype=torch.int32), bits)
     assert torch.equal(logits, wanted)
+
+
+@in_interpreter
+def test_lists_of_edits() -> None:
+    found, wanted, raw = edited_both_ways(VOCAB, torch.device("cpu"))
+    assert torch.equal(found, wanted)
+    changed = (found != raw).sum(1).tolist()
+    # All but the row that asks for nothing and the one whose least length is reached.
+    assert changed[0] == changed[6] == 0 and all(count > 0 for count in (*changed[1:6], *changed[7:]))
 
 
 @in_interpreter
