@@ -79,8 +79,10 @@ class EngineMachine(RuleBasedStateMachine):
         in_flight=st.sampled_from([0, 1, 2]),
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.sampled_from([True, True, True, False]),
+        max_step_s=st.sampled_from([None, 2e-6, 2e-5]),
     )
-    def build(self, num_blocks: int, budget: int, rows: int, in_flight: int, policy: str, caching: bool) -> None:
+    def build(self, num_blocks: int, budget: int, rows: int, in_flight: int, policy: str, caching: bool,
+              max_step_s: float | None) -> None:  # fmt: skip
         self.fail_steps: set[int] = set()
         self.known = {}
         self.max_model_len = min(64, num_blocks * 4)
@@ -88,7 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
             from_function(lambda prompt, index: token_at(list(prompt), index)),
             num_blocks=num_blocks, max_model_len=64, max_num_batched_tokens=budget, max_num_seqs=rows,
             plans_in_flight=in_flight, policy=policy, caching=caching, fail_steps=self.fail_steps,
-            grammar=EvenGrammar(),
+            grammar=EvenGrammar(), max_step_s=max_step_s, step_s=lambda plan: 1e-6 * plan.num_tokens,
         )  # fmt: skip
 
     @rule(burst=st.lists(ASKED, min_size=1, max_size=4))
