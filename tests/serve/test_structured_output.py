@@ -47,6 +47,12 @@ TOOLS: list[Any] = [
 ]  # fmt: skip
 
 
+WEATHER: Any = {"type": "function", "function": {
+    "name": "get_weather", "description": "Get the weather for a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     with served("--max-model-len", "2048", "--disable-uvicorn-access-log") as server:
@@ -180,6 +186,18 @@ def test_a_named_tool_is_called_once(client: openai.OpenAI) -> None:
         assert call.function.name == "lower"
         arguments_of(call)
         assert choice.finish_reason == "stop"
+
+
+def test_no_call_where_none_is_wanted(client: openai.OpenAI) -> None:
+    """A model that wants to call gives an answer instead."""
+    asked: dict[str, Any] = {"model": MODEL, "tools": [WEATHER], "temperature": 0, "max_tokens": 400,
+                             "messages": [{"role": "user", "content": "What is the weather in Paris?"}]}  # fmt: skip
+    free = client.chat.completions.create(**asked).choices[0]
+    assert free.finish_reason == "tool_calls", "so that this shows something"
+    choice = client.chat.completions.create(**asked, tool_choice="none").choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.message.tool_calls is None
+    assert choice.message.content and choice.message.content.strip()
 
 
 def test_calls_beside_an_answer_format(client: openai.OpenAI, server: ServerProcess) -> None:

@@ -64,10 +64,14 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The request ended because something broke; `message` is for the client."""
+    """The request ended because something broke; `message` is for the client.
+
+    timed_out   nothing broke: it took longer than a request may
+    """
 
     message: str
     usage: Usage
+    timed_out: bool = False
 
 
 Event = Tokens | TextDelta | ReasoningDelta | ToolStart | ToolArgs | ToolEnd | Done | Failed

@@ -20,7 +20,7 @@ from saddle.protocol import MAX_STOP_STRINGS, GrammarSpec, SamplingParams
 from saddle.server.anthropic_blocks import Blocks, Show, content_of
 from saddle.server.anthropic_messages import OfferedTools, Turns, require, to_functions, to_turns
 from saddle.server.anthropic_parts import Signer, ThreadNotFound, stop_reason, usage_body
-from saddle.server.constraints import Choice, check_sampling, combined, switches_thinking_off
+from saddle.server.constraints import Choice, check_sampling, combined, switches_thinking_off, without_calls
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.replies import encode_json
 from saddle.server.sampling import DEFAULTED_FIELDS
@@ -94,12 +94,14 @@ def to_request(
     choice, parallel = _choice(body.tool_choice, asked.tools)
     grammar = _grammar(_answer(body), asked.tools, choice, parallel, facts)
     check_sampling(grammar, max_thinking, params)
+    muted = choice.kind == "none"
+    params = without_calls(params, muted and bool(asked.tools.functions), grammar, facts.tokenizer)
     job = Job(
         request_id=f"msg_{body.request_id or request_id or uuid.uuid4().hex}",
         prompts=(asked.prompt,),
         params=params,
         tools=asked.prompt.tools,
-        mute_calls=choice.kind == "none",
+        mute_calls=muted,
         grammar=grammar,
         max_thinking_tokens=max_thinking,
         cache_salt=body.cache_salt,

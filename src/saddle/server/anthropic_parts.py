@@ -27,6 +27,7 @@ KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 FAILED = "api_error"
 REQUEST_ID = "request-id"  # the header in which Anthropic's clients look

@@ -16,9 +16,9 @@ from saddle.protocol import Usage
 from saddle.server.anthropic import AskedMessage, end_of, head_of
 from saddle.server.anthropic_blocks import FIELD, Blocks, Delta, Part, Start
 from saddle.server.anthropic_parts import Signer, error_fields, usage_body
-from saddle.server.replies import encode_json, sanitised
+from saddle.server.replies import encode_json, sanitised, status_of
 
-FAILED_STATUS = 500
+BROKEN_STATUS = 500
 
 
 def frame(event: str, fields: dict[str, Any]) -> bytes:
@@ -58,7 +58,7 @@ class MessageStream:
         frames: list[bytes] = []
         for event in events:
             if isinstance(event, Failed):
-                frames.append(self.failed(event.message))
+                frames.append(self._error(event.message, status_of(event)))
                 break
             if not self._has_begun:
                 frames.append(self._begin())
@@ -69,10 +69,13 @@ class MessageStream:
         return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def failed(self, message: str) -> bytes:
-        return frame("error", error_fields(FAILED_STATUS, sanitised(message), self._request_id))
+        return self._error(message, BROKEN_STATUS)
 
     def finish(self) -> bytes:
         return frame("message_stop", {}) if self._is_whole else b""
+
+    def _error(self, message: str, status: int) -> bytes:
+        return frame("error", error_fields(status, sanitised(message), self._request_id))
 
     def _begin(self) -> bytes:
         self._has_begun = True

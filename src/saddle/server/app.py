@@ -93,7 +93,7 @@ def _add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(GenerationFailed)
     async def failed(request: Request, error: GenerationFailed) -> Response:
-        return error_for(request.scope, 500, sanitised(str(error)))
+        return error_for(request.scope, error.status, sanitised(str(error)))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

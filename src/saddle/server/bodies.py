@@ -59,6 +59,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (429, "The queue is full: try again after Retry-After seconds."),
         (500, "The request failed."),
         (503, "Loading, draining, or the engine is gone."),
+        (504, "The request took longer than --request-timeout."),
     )
 }
 STREAMED: dict[int | str, dict[str, Any]] = {

@@ -103,6 +103,15 @@ def check_sampling(grammar: GrammarSpec | None, max_thinking_tokens: int | None,
             raise InvalidRequest(f"{field} cannot be combined with {what}: together they may leave no token.", field)
 
 
+def without_calls(params: SamplingParams, muted: bool, grammar: GrammarSpec | None,
+                  tokenizer: Tokenizer) -> SamplingParams:  # fmt: skip
+    """Where calls are `muted` the token that begins them is never sampled: the sender of tools and of "none" wants an
+    answer, and a call that is read and dropped is none. A grammar for the answer forbids that token already."""
+    if not muted or grammar is not None:
+        return params
+    return msgspec.structs.replace(params, bad_words_ids=(*params.bad_words_ids, (tokenizer.calls_id,)))
+
+
 def chosen(choice: Any, tools: Sequence[Mapping[str, Any]] | None) -> Choice:
     """OpenAI's `tool_choice`, in the shapes of chat and of Responses."""
     if choice is None or choice == "none" or (choice == "auto" and tools):

@@ -240,6 +240,8 @@ class Generation:
             logger.exception("%s: the output could not be read", choice.request_id)
             events = [Failed(UNREADABLE, self._usage(choice))]
             self._backend.client.abort(choice.request_id)
+        if self._expired and events and isinstance(events[-1], Failed):
+            events[-1] = msgspec.structs.replace(events[-1], timed_out=True)
         if choice.lead:
             events = _without_lead(choice, events)
         if events and isinstance(events[-1], (Done, Failed)):

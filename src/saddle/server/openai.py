@@ -17,7 +17,7 @@ from saddle.parsing.conversation import text_of
 from saddle.parsing.events import Done, Event, Failed, ReasoningDelta, TextDelta, Tokens, ToolArgs, ToolEnd, ToolStart
 from saddle.parsing.fold import Completion, fold
 from saddle.protocol import FinishReason
-from saddle.server.constraints import check_sampling, chosen, combined
+from saddle.server.constraints import check_sampling, chosen, combined, without_calls
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import (
     DONE_FRAME,
@@ -31,7 +31,7 @@ from saddle.server.openai_parts import (
     new_id,
     now,
 )
-from saddle.server.replies import encode_json
+from saddle.server.replies import encode_json, status_of
 from saddle.server.sampling import answer_grammar, check_streaming, max_thinking_tokens, sampling_params, truncation
 from saddle.server.wire_openai import ChatBody
 
@@ -67,6 +67,8 @@ def to_request(body: ChatBody, facts: Facts, request_id: str | None = None) -> A
     template_kwargs = {**facts.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
     max_thinking = max_thinking_tokens(body, body.reasoning_effort, template_kwargs)
     check_sampling(grammar, max_thinking, params)
+    muted = choice.kind == "none"
+    params = without_calls(params, muted and body.tools is not None, grammar, facts.tokenizer)
     prompt = ChatPrompt(
         messages=body.messages,
         tools=body.tools,
@@ -82,7 +84,7 @@ def to_request(body: ChatBody, facts: Facts, request_id: str | None = None) -> A
         prompts=(prompt,),
         params=params,
         tools=body.tools,
-        mute_calls=choice.kind == "none",
+        mute_calls=muted,
         grammar=grammar,
         max_thinking_tokens=max_thinking,
         want_tokens=bool(body.logprobs or body.return_token_ids or continuous or body.prompt_logprobs is not None),
@@ -199,7 +201,7 @@ class ChatStream:
             if asked.return_token_ids:
                 frames.append(self._frame.first(choice, {"prompt_token_ids": self._prompts[0]}))
             else:
-                frames.append(self._frame.choice(choice))
+                frames.append(self._frame.choice(choice, self._usage_so_far()))
             if asked.echoed:
                 frames.append(self._frame.choice(self._choice(index, Delta(content=asked.echoed))))
         return b"".join(frames)
@@ -214,7 +216,7 @@ class ChatStream:
                 frames.append(self._last(index, event))  # type: ignore[arg-type]
             elif kind is Failed:
                 self._usage.add(index, event)  # type: ignore[arg-type]
-                frames.append(error_frame(event.message))  # type: ignore[union-attr]
+                frames.append(error_frame(event.message, status_of(event)))  # type: ignore[arg-type,union-attr]
             else:
                 delta = self._delta(index, event)
                 if delta is not None:

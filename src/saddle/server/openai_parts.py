@@ -17,7 +17,7 @@ from saddle.server.job import Job
 from saddle.server.replies import encode_json, error_fields, sanitised
 
 DONE_FRAME = b"data: [DONE]\n\n"
-FAILED_STATUS = 500
+BROKEN_STATUS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +112,9 @@ class ChunkFrame:
         return b'%b],"usage":%b}\n\n' % (self._before_choice, encode_json(usage))
 
 
-def error_frame(message: str) -> bytes:
+def error_frame(message: str, status: int = BROKEN_STATUS) -> bytes:
     """A failure in the middle of a stream, whose status was sent long ago."""
-    return b"data: %b\n\n" % encode_json(error_fields(FAILED_STATUS, sanitised(message)))
+    return b"data: %b\n\n" % encode_json(error_fields(status, sanitised(message)))
 
 
 class TokenNames:

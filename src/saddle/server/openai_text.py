@@ -27,7 +27,7 @@ from saddle.server.openai_parts import (
     new_id,
     now,
 )
-from saddle.server.replies import encode_json
+from saddle.server.replies import encode_json, status_of
 from saddle.server.sampling import answer_grammar, check_streaming, max_thinking_tokens, sampling_params, truncation
 from saddle.server.wire_openai import CompletionBody
 
@@ -187,7 +187,7 @@ class TextStream:
                 frames.append(self._frame.choice(choice, self._usage_so_far()))
             elif isinstance(event, Failed):
                 self._usage.add(index, event)
-                frames.append(error_frame(event.message))
+                frames.append(error_frame(event.message, status_of(event)))
         if index in self._pending and self._detailed and not self._asked.hide_output:
             frames.append(self._chunk(index, ""))
         return frames[0] if len(frames) == 1 else b"".join(frames)

@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
+from saddle.parsing.events import Failed
+
 KINDS = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -22,6 +24,7 @@ KINDS = {
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }
 MAX_LISTED_ERRORS = 10
 MAX_MESSAGE = 2000
@@ -50,6 +53,11 @@ def error_fields(status: int, message: str, param: str | None = None) -> dict[st
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "…"
     return {"error": {"message": message, "type": KINDS.get(status, "APIError"), "param": param, "code": status}}
+
+
+def status_of(failed: Failed) -> int:
+    """The HTTP status that says how a generation ended."""
+    return 504 if failed.timed_out else 500
 
 
 def error_reply(

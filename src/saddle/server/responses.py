@@ -16,7 +16,7 @@ from typing import Any
 from saddle.errors import InvalidRequest
 from saddle.grammar import spec
 from saddle.protocol import GrammarSpec, SamplingParams
-from saddle.server.constraints import check_sampling, chosen, combined, switches_thinking_off
+from saddle.server.constraints import check_sampling, chosen, combined, switches_thinking_off, without_calls
 from saddle.server.job import ChatPrompt, Facts, Job
 from saddle.server.openai_parts import now
 from saddle.server.responses_items import Item, Reader, Seal, as_items, in_namespace
@@ -127,6 +127,7 @@ def to_request(body: ResponsesBody, facts: Facts, earlier: list[Item], seal: Sea
     thinks_not = effort == "none" or (effort is None and switches_thinking_off(template_kwargs))
     max_thinking = 0 if thinks_not else None
     check_sampling(grammar, max_thinking, params)
+    params = without_calls(params, muted and bool(offer.functions), grammar, facts.tokenizer)
     prompt = ChatPrompt(
         messages=messages,
         tools=offer.functions or None,

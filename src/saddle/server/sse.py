@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from saddle.parsing.events import Event, Failed
 from saddle.server.generation import Generation
+from saddle.server.replies import status_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ class ClientGone(Exception):
 
 class GenerationFailed(Exception):
     """A choice of an answer that is not streamed ended in Failed; the message is for the client."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.status = status_of(failed)
 
 
 class StreamEncoder(Protocol):
@@ -87,7 +92,7 @@ async def _collect(generation: Generation) -> list[list[Event]]:
         async for index, events in batches:
             choices[index] += events
             if isinstance(events[-1], Failed):
-                raise GenerationFailed(events[-1].message)
+                raise GenerationFailed(events[-1])
     return choices
 
 

@@ -83,6 +83,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (429, "rate_limit_error: the queue is full; try again after Retry-After seconds."),
         (500, "api_error: the request failed."),
         (503, "overloaded_error: loading, draining, or the engine is gone."),
+        (504, "timeout_error: the request took longer than --request-timeout."),
     )
 }
 MESSAGE_SCHEMA: dict[str, Any] = {

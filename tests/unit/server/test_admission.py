@@ -109,7 +109,7 @@ async def test_a_prompt_that_is_far_too_long_is_not_counted_to_its_end(tokenizer
                                ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": long}]})):
                 status, refused = await server.post(path, body)
                 assert status == 400
-                wanted = r"prompt is too long: \d{4} tokens > 512" if path == "/v1/messages" else r"at least \d{4} input"
+                wanted = r"(prompt is too long: |contains at least )\d{4} (tokens > 512|input tokens)"
                 assert re.search(wanted, refused["error"]["message"])
             status, _ = await server.post(TEXT, {"prompt": long, "truncate_prompt_tokens": 5})
             assert status == 200
@@ -276,9 +276,30 @@ async def test_a_request_that_takes_too_long_ends_with_an_error(tokenizer: Token
         errors = [json.loads(frame)["error"]["message"] for frame in frames if '"error"' in frame]
         assert errors == ["The request took longer than the 0.2 s that it may."] * 2
         assert frames[-1] == "[DONE]"
-        assert (status, body["error"]["message"]) == (500, errors[0])
+        assert (status, body["error"]["message"]) == (504, errors[0])
         assert len(server.client.aborted) == 3
         server.client.script = words(tokenizer, "x")
         assert (await server.post(CHAT, HI))[0] == 200
         await asyncio.sleep(0.3)  # the timer of a request that ended does nothing
         assert len(server.client.aborted) == 3
+
+
+@pytest.mark.parametrize(("path", "body", "kind", "code"), [
+    (CHAT, HI, "TimeoutError", 504), (TEXT, {"prompt": "x"}, "TimeoutError", 504),
+    ("/v1/responses", {"input": "hi"}, "TimeoutError", None),
+    ("/v1/messages", {**HI, "max_tokens": 9}, "timeout_error", None),
+])  # fmt: skip
+async def test_a_timeout_in_the_shape_of_each_api(
+    tokenizer: Tokenizer, path: str, body: dict[str, object], kind: str, code: int | None
+) -> None:
+    config = ServerConfig(host="127.0.0.1", port=0, access_log=False, request_timeout_s=0.1)
+    async with running(tokenizer, one_token_then_silence(tokenizer), config) as server:
+        status, refused = await server.post(path, body)
+        frames = await server.frames(path, body)
+    assert (status, refused["error"]["type"]) == (504, kind)
+    [told] = [frame for frame in frames if "longer than the 0.1 s" in frame]
+    error = json.loads(told[told.index("{") :])
+    if path == "/v1/responses":
+        assert error["response"]["error"]["code"] == "server_error"
+    else:
+        assert (error["error"]["type"], error["error"].get("code")) == (kind, code)

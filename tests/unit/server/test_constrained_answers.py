@@ -167,3 +167,27 @@ async def test_a_named_tool_finishes_with_stop(tokenizer: Tokenizer) -> None:
             last = json.loads(frames[-2])["choices"][0]["finish_reason"]
             reasons.append((reply["choices"][0]["finish_reason"], last))
     assert reasons == [("tool_calls", "tool_calls"), ("stop", "stop")]
+
+
+FLAT = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
+ANTHROPIC = {"name": "write", "input_schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize(("route", "body", "is_banned"), [
+    (CHAT, {"messages": HI, "tools": [TOOL], "tool_choice": "none"}, True),
+    (CHAT, {"messages": HI, "tools": [TOOL], "tool_choice": "none", "thinking_token_budget": 5}, True),
+    (CHAT, {"messages": HI, "tools": [TOOL], "tool_choice": "none", "response_format": JSON}, False),
+    (CHAT, {"messages": HI, "tools": [TOOL]}, False), (CHAT, {"messages": HI, "tool_choice": "none"}, False),
+    ("/v1/responses", {"input": "hi", "tools": [FLAT], "tool_choice": "none"}, True),
+    ("/v1/responses", {"input": "hi", "tools": [FLAT]}, False),
+    ("/v1/messages", {"messages": HI, "max_tokens": 9, "tools": [ANTHROPIC], "tool_choice": {"type": "none"}}, True),
+    ("/v1/messages", {"messages": HI, "max_tokens": 9, "tools": [ANTHROPIC]}, False),
+])  # fmt: skip
+async def test_none_keeps_calls_from_being_begun(
+    tokenizer: Tokenizer, route: str, body: dict[str, Any], is_banned: bool
+) -> None:
+    async with running(tokenizer, words(tokenizer, "</think>", "\n\n{}")) as server:
+        status, reply = await server.post(route, body)
+        assert status == 200, reply
+        [request] = server.client.requests
+    assert request.params.bad_words_ids == (((tokenizer.calls_id,),) if is_banned else ())
