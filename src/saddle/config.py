@@ -24,6 +24,11 @@ KVCacheDtype = Literal["auto", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_dy
 COMPILATION_KEYS = ("mode", "level", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size",
                     "pass_config")  # fmt: skip
 NO_GRAPHS = ("NONE", 0)
+# vLLM's ways in which steps with prompts have no graphs.
+NO_PIECES = ("FULL", "FULL_DECODE_ONLY")
+# Tokens of the steps with prompts that are graphs between attention: what pads a step to the next of them is computed
+# by tiles that the step needs anyway, of 64 tokens and more from 128 on.
+PIECE_SIZES = (16, 32, 64, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,15 @@ class CompileConfig:
     def uses_graphs(self) -> bool:
         """Whether decode steps are captured as CUDA graphs, where the device has them."""
         return not self.enforce_eager and self.mode > 0 and self._graph_mode not in NO_GRAPHS
+
+    def piece_sizes(self, max_num_batched_tokens: int) -> tuple[int, ...]:
+        """Tokens of the steps with prompts that get graphs, ascending; () without graphs.
+
+        Larger steps run longer than their launches take, one by one.
+        """
+        if not self.uses_graphs or self._graph_mode in NO_PIECES:
+            return ()
+        return tuple(size for size in PIECE_SIZES if size <= max_num_batched_tokens)
 
     @property
     def fuses_qk_norm(self) -> bool:

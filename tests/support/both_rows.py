@@ -18,10 +18,10 @@ MAX_LEN, BLOCK, VOCAB = 3000, 16, 500
 class Both:
     """The same requests in the rows of both kinds."""
 
-    def __init__(self, num_rows: int, device: str = "cpu") -> None:
+    def __init__(self, num_rows: int, device: str = "cpu", max_padded: int = 0) -> None:
         self.torch_rows = Rows(num_rows, MAX_LEN, BLOCK, VOCAB, torch.device("cpu"))
         self.rows = DeviceRows(num_rows, MAX_LEN, BLOCK, VOCAB, torch.device(device))
-        self.batcher = DeviceBatcher(self.rows, MAX_LEN)
+        self.batcher = DeviceBatcher(self.rows, MAX_LEN, max_padded)
         self.free = random.Random(1).sample(range(5000), 5000)
         self.blocks: dict[int, int] = {}
         self.computed: dict[int, int] = {}

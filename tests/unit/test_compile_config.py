@@ -45,6 +45,14 @@ def test_sizes_as_given() -> None:
     assert CompileConfig(enforce_eager=True, cudagraph_capture_sizes=(1,)).capture_sizes(32) == ()
 
 
+def test_pieces_of_steps_with_prompts() -> None:
+    assert CompileConfig().piece_sizes(8192)[-1] == 512 and CompileConfig().piece_sizes(200)[-1] == 192
+    assert CompileConfig().piece_sizes(8) == () == CompileConfig(enforce_eager=True).piece_sizes(512)
+    assert compiled(mode=0).piece_sizes(512) == () == compiled(cudagraph_mode="none").piece_sizes(512)
+    assert compiled(cudagraph_mode="full_decode_only").piece_sizes(512) == ()
+    assert compiled(cudagraph_mode="FULL_AND_PIECEWISE").piece_sizes(512) == CompileConfig().piece_sizes(512)
+
+
 def test_start_says_what_was_decided() -> None:
     assert [str(line) for line in CompileConfig(enforce_eager=True).decisions(4)] == [
         "graphs = off (--enforce-eager)", "fuse_minimax_qk_norm = True (the default)",

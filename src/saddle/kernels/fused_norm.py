@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from saddle.kernels.launching import enqueue
+
 if TYPE_CHECKING:
     from saddle.kernels.quant import Activation
 
@@ -120,9 +122,10 @@ def _launch(
     if count == 0:
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _norm_kernel[(count,)](
-        x, parts, 0 if parts is None else parts.stride(0), 0 if parts is None else parts.stride(1), index, table,
-        weight, eps, out, scales, width, triton.next_power_of_2(width // GROUP), 0 if parts is None else len(parts),
-        embed, index is not None and not embed, embed or (parts is not None and index is None), scales is not None,
-        pdl, num_warps=NUM_WARPS if width > 1024 else 4, **options,
+    num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
+    enqueue(
+        _norm_kernel, (count, 1, 1), x, parts, *strides, index, table, weight, eps, out, scales, width,
+        triton.next_power_of_2(width // GROUP), num_parts, embed, index is not None and not embed,
+        embed or (parts is not None and index is None), scales is not None, pdl,
+        num_warps=NUM_WARPS if width > 1024 else 4, **options,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
@@ -161,10 +162,10 @@ def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl:
                  "STAGES": block.stages, "PDL": pdl, **launch_options(block.warps, pdl)}  # fmt: skip
     if num_tokens <= MAX_FEW_TOKENS:
         parts = 1 if out.dim() == 2 else out.shape[0]
-        _few_kernel[(w.num_rows // block.bn, parts)](*tensors, num_tokens, SPLIT=parts, **constants)
+        enqueue(_few_kernel, (w.num_rows // block.bn, parts, 1), *tensors, num_tokens, SPLIT=parts, **constants)
     else:
-        grid = (triton.cdiv(num_tokens, block.bm) * (w.num_rows // block.bn),)
-        _many_kernel[grid](*tensors, num_tokens, BAND=BAND_BLOCKS, **constants)
+        programs = triton.cdiv(num_tokens, block.bm) * (w.num_rows // block.bn)
+        enqueue(_many_kernel, (programs, 1, 1), *tensors, num_tokens, BAND=BAND_BLOCKS, **constants)
 
 
 def lm_head(h: torch.Tensor, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0) -> None:

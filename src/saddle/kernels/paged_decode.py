@@ -26,6 +26,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saddle.kernels.decode_loop import attend, attend_fp8
+from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer
 from saddle.kernels.qk_rope import QUERY_SCALE
 
@@ -349,7 +350,8 @@ def plan_decode(context_lens: torch.Tensor, work: DecodeWork, num_rows: int, pdl
     """
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     num_items, kv_heads = work.stats.shape[1:3]
-    _plan_kernel[(1,)](
+    enqueue(
+        _plan_kernel, (1, 1, 1),
         context_lens, work.items, num_rows, 6 + 2 * _cut(num_rows), work.target_items, work.num_slots, kv_heads,
         MIN_BLOCKS, ITEM_COST, triton.next_power_of_2(len(work.counters) // kv_heads), num_items,
         triton.next_power_of_2(num_items), pdl, num_warps=4, **options,
@@ -395,7 +397,8 @@ def _launch(
     if num_rows == 0:
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    _decode_kernel[(kv_heads, work.max_items(num_rows))](
+    enqueue(
+        _decode_kernel, (kv_heads, work.max_items(num_rows), 1),
         source, q_norm, k_norm, eps, cos, sin, QUERY_SCALE, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables,
         block_tables.stride(0), row_ids, context_lens, work.items, work.partial, work.stats, work.stats.stride(0),
         work.counters, out.data, out.scale, kv_heads, group, _piece_of(num_heads), _piece_of(kv_heads),

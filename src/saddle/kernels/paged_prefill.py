@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import BLOCK_SIZE, CHUNK_BYTES, HEAD_DIM, STATIC, UNSCALED, KVLayer, swizzled
 
 if TYPE_CHECKING:
@@ -368,14 +369,16 @@ def launch(
         if work is None or num_tiles * kv_heads * splits * tiles.rows > work.partial.shape[0] * work.partial.shape[1]:
             raise ValueError(f"{splits} parts of {num_tiles} tiles have no room for their results")
         partial, stats = work.partial, work.stats
-    _prefill_kernel[(kv_heads, num_tiles, splits)](
+    enqueue(
+        _prefill_kernel, (kv_heads, num_tiles, splits),
         q, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables, block_tables.stride(0), row_ids, query_starts,
         context_lens, first_row, num_rows, splits, partial, stats, out.data, out.scale, kv_heads, group, tiles.rows,
         tiles.keys, tiles.num_stages, tiles.masked_stages, MAX_ROWS, CHUNK_BYTES // kv.data.element_size(),
         kv.scale_kind, splits > 1, out.scale is not None, pdl, num_warps=tiles.num_warps, **registers, **options,
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(kv_heads, num_tiles, tiles.rows // COMBINED_ROWS)](
+        enqueue(
+            _combine_kernel, (kv_heads, num_tiles, tiles.rows // COMBINED_ROWS),
             query_starts, first_row, num_rows, splits, partial, stats, out.data, out.scale, kv_heads, group, tiles.rows,
             COMBINED_ROWS, MAX_ROWS, out.scale is not None, pdl, num_warps=4, **options,
         )  # fmt: skip

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from saddle.kernels import fused_norm
+from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import begin, launch_options, quantised, release
@@ -441,8 +442,9 @@ def _few_logits(
     (num_tokens, width), num_experts = x.shape, work.num_experts
     blocks = triton.next_power_of_2(num_experts) // cut.be
     num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
-    _few_logits_kernel[(cut.num, blocks, triton.cdiv(num_tokens, cut.bm))](
-        x, parts, *strides, weight, gate, x_out, work.logits, work.squares, work.counts, num_tokens,
+    enqueue(
+        _few_logits_kernel, (cut.num, blocks, triton.cdiv(num_tokens, cut.bm)), x, parts, *strides, weight, gate, x_out,
+        work.logits, work.squares, work.counts, num_tokens,
         NUM_PARTS=num_parts, WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num, BE=cut.be, BM=cut.bm,
         COUNTERS=len(work.counts), PRECISION="tf32x3" if target.is_cuda else "ieee", PDL=pdl,
         **launch_options(cut.warps, pdl),
@@ -453,13 +455,15 @@ def _many_logits(
     x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, work: RouterWork, cut: Slicing, target: Target, pdl: int
 ) -> None:
     (num_tokens, width), num_experts = x.shape, work.num_experts
-    _gate_parts_kernel[(triton.cdiv(gate.numel(), GATE_BLOCK),)](
+    enqueue(
+        _gate_parts_kernel, (triton.cdiv(gate.numel(), GATE_BLOCK), 1, 1),
         weight, gate, work.gate_parts, work.counts, SIZE=gate.numel(), EXPERTS=num_experts, BLOCK=GATE_BLOCK,
         COUNTERS=len(work.counts), PDL=pdl, **launch_options(4, pdl),
     )  # fmt: skip
     stages = 3 if target.shared_bytes > 200 * 1024 else 1  # 56 KB each, and the parts of x
-    _many_logits_kernel[(cut.num, triton.cdiv(num_tokens, cut.bm))](
-        x, work.gate_parts, work.logits, work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=cut.be,
+    enqueue(
+        _many_logits_kernel, (cut.num, triton.cdiv(num_tokens, cut.bm), 1), x, work.gate_parts, work.logits,
+        work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=cut.be,
         SLICE=width // cut.num, BM=cut.bm, BK=32, STAGES=stages, PDL=pdl, **launch_options(cut.warps, pdl),
     )  # fmt: skip
 
@@ -472,7 +476,8 @@ def _select(
     (num_tokens, width), num_experts, top_k = x.shape, work.num_experts, work.top_k
     few, unit = num_tokens <= MAX_FEW_TOKENS, unit_tokens(num_tokens)
     padded, slices = triton.next_power_of_2(num_experts), triton.next_power_of_2(cut.num)
-    _select_kernel[(num_tokens, 2 if num_tokens <= MAX_FUSED_TOKENS else 1)](
+    enqueue(
+        _select_kernel, (num_tokens, 2 if num_tokens <= MAX_FUSED_TOKENS else 1, 1),
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
         work.counts, work.lists, work.units, h.data, h.data if h.scale is None else h.scale, num_tokens,
         work.lists.shape[1], WIDTH=width, GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts,
@@ -481,5 +486,5 @@ def _select(
         LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, **launch_options(4, pdl),
     )  # fmt: skip
     if not few:
-        _units_kernel[(1,)](work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded, UNIT=unit, PDL=pdl,
-                            **launch_options(4, pdl))  # fmt: skip
+        enqueue(_units_kernel, (1, 1, 1), work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded,
+                UNIT=unit, PDL=pdl, **launch_options(4, pdl))  # fmt: skip

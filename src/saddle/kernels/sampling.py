@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from saddle.kernels.gumbel import gumbel, mix32
+from saddle.kernels.launching import enqueue
 from saddle.kernels.row_state import KEY_FIRST, KEY_SECOND, MIN_P, ROW_WIDTH, TEMPERATURE, TOP_K, TOP_P
 
 CHUNK = 4096  # logits a program of `scan` reads, and that a search through a whole row holds at once
@@ -455,12 +456,14 @@ def launch(
     if num_slots == 0:
         return
     num_chunks = triton.cdiv(num_valid, CHUNK)
-    scan[(num_slots, num_chunks)](
+    enqueue(
+        scan, (num_slots, num_chunks, 1),
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
         work.chunk_best, work.chunk_id, num_valid, NUM_CHUNKS=num_chunks, CHUNK=CHUNK, GROUP=GROUP,
         STATE_WIDTH=ROW_WIDTH, num_warps=WARPS,
     )  # fmt: skip
-    choose[(num_slots,)](
+    enqueue(
+        choose, (num_slots, 1, 1),
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
         work.chunk_best, work.chunk_id, work.groups, work.values, work.ids, token_ids, token_ids.stride(0), out,
         num_valid, NUM_CHUNKS=num_chunks, CHUNKS_PADDED=triton.next_power_of_2(num_chunks),

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels.launching import enqueue
 from saddle.kernels.row_state import NUM_COMPUTED, ROW_WIDTH
 
 TOKEN_BLOCK = 1024  # tokens a program of `token_inputs` writes
@@ -69,7 +70,8 @@ def launch_decode(
     num_rows = len(row_ids)
     if num_rows > MAX_LANES:
         raise ValueError(f"a decode step has at most {MAX_LANES} rows, got {num_rows}")
-    decode_inputs[(1,)](
+    enqueue(
+        decode_inputs, (1, 1, 1),
         row_ids, new_blocks, state, row_tokens, row_tokens.stride(0), block_tables, block_tables.stride(0), token_ids,
         positions, slots, context_lens, num_rows, BLOCK_SIZE=block_size, STATE_WIDTH=ROW_WIDTH,
         LANES=triton.next_power_of_2(num_rows), num_warps=4,
@@ -105,24 +107,31 @@ def row_inputs(
         tl.store(sample_positions + sample_slot, context)
 
 
-@triton.jit(do_not_specialize=["token_stride", "table_stride"])
+@triton.jit(do_not_specialize=["token_stride", "table_stride", "num_rows", "size"])
 def token_inputs(
     row_ids, query_starts, context_lens, row_tokens, token_stride, block_tables, table_stride, token_ids, positions,
-    slots, BLOCK_SIZE: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
+    slots, num_rows, size, BLOCK_SIZE: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See `launch_rows`; program (row of the step, block of its tokens)."""
+    """See `launch_rows`; program (row of the step, block of its tokens), and behind the rows what pads."""
     index = tl.program_id(0)
-    row = tl.load(row_ids + index).to(tl.int64)
     start = tl.load(query_starts + index)
-    num_tokens = tl.load(query_starts + index + 1) - start
     offset = tl.program_id(1) * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
-    inside = offset < num_tokens
-    position = tl.load(context_lens + index) - num_tokens + offset
-    token = tl.load(row_tokens + row * token_stride + position, mask=inside, other=0)
-    block = tl.load(block_tables + row * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+    if index < num_rows:
+        row = tl.load(row_ids + index).to(tl.int64)
+        num_tokens = tl.load(query_starts + index + 1) - start
+        inside = offset < num_tokens
+        position = tl.load(context_lens + index) - num_tokens + offset
+        token = tl.load(row_tokens + row * token_stride + position, mask=inside, other=0)
+        block = tl.load(block_tables + row * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    else:
+        inside = start + offset < size
+        token = tl.zeros([TOKEN_BLOCK], tl.int32)
+        position = token - 1
+        slot = position.to(tl.int64)
     tl.store(token_ids + start + offset, token, mask=inside)
     tl.store(positions + start + offset, position, mask=inside)
-    tl.store(slots + start + offset, block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE, mask=inside)
+    tl.store(slots + start + offset, slot, mask=inside)
 
 
 def launch_rows(
@@ -131,24 +140,28 @@ def launch_rows(
     sample_rows: torch.Tensor, sample_positions: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor,
     slots: torch.Tensor, block_size: int,
 ) -> None:  # fmt: skip
-    """Any number of tokens for each row; no padding.
+    """Any number of tokens for each row.
 
     Args:
         work: [R, 8] int32, of each row: its id, tokens to compute, tokens to skip first, where in its block table new
             blocks go, the first of them in `block_ids`, how many, its sampling slot (-1: it samples nothing), and
             where its tokens start among the step's.
         block_ids: [N] int32, new blocks of all rows.
-        longest: most tokens of a row.
+        longest: most tokens of a row, and no less than what pads.
         state, row_tokens, block_tables: of `DeviceRows`; read and advanced.
         row_ids, context_lens: [R], query_starts: [R + 1], sample_rows, sample_positions: [S], token_ids, positions:
-            [T], all int32, and slots: [T] int64; written.
+            [T], all int32, and slots: [T] int64; written. Where the rows have fewer tokens than T, the rest pads: id
+            0, position and slot -1.
     """
     num_rows = len(work)
-    row_inputs[(num_rows,)](
+    enqueue(
+        row_inputs, (num_rows, 1, 1),
         work, block_ids, state, block_tables, block_tables.stride(0), row_ids, query_starts, context_lens, sample_rows,
         sample_positions, num_rows, STATE_WIDTH=ROW_WIDTH, WORK_WIDTH=WORK_WIDTH, COPY_BLOCK=COPY_BLOCK, num_warps=1,
     )  # fmt: skip
-    token_inputs[(num_rows, triton.cdiv(longest, TOKEN_BLOCK))](
+    enqueue(
+        token_inputs, (num_rows + 1, triton.cdiv(longest, TOKEN_BLOCK), 1),
         row_ids, query_starts, context_lens, row_tokens, row_tokens.stride(0), block_tables, block_tables.stride(0),
-        token_ids, positions, slots, BLOCK_SIZE=block_size, TOKEN_BLOCK=TOKEN_BLOCK, num_warps=4,
+        token_ids, positions, slots, num_rows, len(token_ids), BLOCK_SIZE=block_size, TOKEN_BLOCK=TOKEN_BLOCK,
+        num_warps=4,
     )  # fmt: skip

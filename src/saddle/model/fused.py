@@ -11,14 +11,19 @@ A decode step is at most eight launches a layer, whatever the number of rows:
 
 The first layer's norm looks the tokens up in the embedding; behind the last layer a norm of the rows that sample and
 the lm_head follow. With prompts in the step, attention is up to three launches: QK-norm and rotary of all tokens, then
-the decoding rows, then the prompts. On GPUs that have it, decode steps of few rows are one launch in all, that of the
-persistent kernel, over the same weights. Nothing is allocated and nothing waits, so a decode step can be a CUDA graph.
-The math is that of `m2.py`; each kernel says where it comes from.
+the decoding rows, then the prompts. What lies between two layers' attention, a *piece*, then depends on the number of
+tokens alone and can be a CUDA graph for each of a few numbers (`runner.graphs`).
+
+On GPUs that have it, decode steps of few rows are one launch in all, that of the persistent kernel, over the same
+weights. Nothing is allocated and nothing waits, so a decode step can be a CUDA graph. The math is that of `m2.py`;
+each kernel says where it comes from.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -162,8 +167,13 @@ class FusedMiniMaxM2:
             return out
         return self.logits(self.hidden(inputs, kv))
 
-    def hidden(self, inputs: DeviceInputs, kv: KVMemory) -> torch.Tensor:
+    def hidden(
+        self, inputs: DeviceInputs, kv: KVMemory, piece: Callable[[int], object] | None = None
+    ) -> torch.Tensor:
         """Normalised last hidden states [S, H] bfloat16 of the tokens in `inputs.logit_index`; KV is written.
+
+        Args:
+            piece: runs a piece of a step with prompts, as `self.piece` does, which is taken where there is none.
 
         A view of the work space for up to `max_rows` of them, else newly allocated.
         """
@@ -176,16 +186,44 @@ class FusedMiniMaxM2:
         work = self.space.buffers(len(inputs.token_ids))
         if inputs.num_decode_rows:
             paged_decode.plan_decode(inputs.context_lens, self.space.decode, inputs.num_decode_rows, self.pdl)
-        for number, (layer, layer_kv) in enumerate(zip(self.weights.layers, kv.layers, strict=True)):
-            self.norm(number, inputs, work)
-            self.qkv(layer, work)
-            self.attention(layer, layer_kv, inputs, work)
-            self.project(layer, work)
-            self.route(number, inputs, work)
-            self.experts(layer, work)
+        layers = list(zip(self.weights.layers, kv.layers, strict=True))
+        if inputs.num_decode_rows == len(inputs.row_ids):
+            for number, (layer, layer_kv) in enumerate(layers):
+                self.norm(number, inputs, work)
+                self.qkv(layer, work)
+                self.attention(layer, layer_kv, inputs, work)
+                self._behind_attention(number, inputs, work)
+        else:
+            run = piece or functools.partial(self.piece, inputs=inputs, kv=kv, work=work)
+            for number, (_, layer_kv) in enumerate(layers):
+                run(number)
+                self._attend(layer_kv, inputs, work)
+            run(len(layers))
         eps = self.config.rms_norm_eps
         fused_norm.final_norm(work.x, work.sums, inputs.logit_index, self.weights.norm, eps, out, self.pdl)
         return out
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.weights.layers) + 1
+
+    def piece(self, number: int, inputs: DeviceInputs, kv: KVMemory, work: Buffers | None = None) -> None:
+        """What lies between attention of layer `number` - 1 and that of layer `number`; numbers from 0 to the number
+        of layers. It depends on addresses in `inputs` and on their length, T, alone."""
+        work = work or self.space.buffers(len(inputs.token_ids))
+        if number:
+            self._behind_attention(number - 1, inputs, work)
+        if number < len(kv.layers):
+            layer = self.weights.layers[number]
+            self.norm(number, inputs, work)
+            self.qkv(layer, work)
+            self._rope(layer, kv.layers[number], inputs, work)
+
+    def _behind_attention(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
+        layer = self.weights.layers[number]
+        self.project(layer, work)
+        self.route(number, inputs, work)
+        self.experts(layer, work)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [S, vocab] float32 of hidden states [S, H], at most `max_rows`; a view of the work space."""
@@ -210,22 +248,29 @@ class FusedMiniMaxM2:
 
     def attention(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Launch 3; with prompts up to three launches."""
-        eps, decodes, pdl = self.config.rms_norm_eps, inputs.num_decode_rows, self.pdl
-        num_rows = len(inputs.row_ids)
-        if decodes == num_rows:
+        if inputs.num_decode_rows == len(inputs.row_ids):
             paged_decode.decode_fused(
-                work.qkv, layer.q_norm, layer.k_norm, eps, self.cos, self.sin, kv, inputs.block_tables,
-                inputs.row_ids, inputs.context_lens, self.space.decode, decodes, work.attn, pdl,
+                work.qkv, layer.q_norm, layer.k_norm, self.config.rms_norm_eps, self.cos, self.sin, kv,
+                inputs.block_tables, inputs.row_ids, inputs.context_lens, self.space.decode, inputs.num_decode_rows,
+                work.attn, self.pdl,
             )  # fmt: skip
-            return
-        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, eps, self.cos, self.sin, inputs.positions,
-                              inputs.slots, kv, work.q, pdl)  # fmt: skip
+        else:
+            self._rope(layer, kv, inputs, work)
+            self._attend(kv, inputs, work)
+
+    def _rope(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
+        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, self.config.rms_norm_eps, self.cos, self.sin,
+                              inputs.positions, inputs.slots, kv, work.q, self.pdl)  # fmt: skip
+
+    def _attend(self, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
+        """Attention of a step with prompts, behind QK-norm and rotary."""
+        decodes, num_rows, pdl = inputs.num_decode_rows, len(inputs.row_ids), self.pdl
         if decodes:
             paged_decode.decode(work.q, kv, inputs.block_tables, inputs.row_ids, inputs.context_lens,
                                 self.space.decode, decodes, work.attn, pdl)  # fmt: skip
         paged_prefill.prefill(
             work.q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
-            num_rows - decodes, len(inputs.token_ids) - decodes, work.attn, self.target, pdl, self.space.prefill,
+            num_rows - decodes, inputs.num_prompt_tokens, work.attn, self.target, pdl, self.space.prefill,
             inputs.max_context_len,
         )  # fmt: skip
 

@@ -74,3 +74,9 @@ class DeviceInputs:
     max_query_len: int
     max_context_len: int
     query_lens: tuple[int, ...] | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the rows that are no decode rows; what pads is not counted where lengths are known."""
+        total = len(self.token_ids) if self.query_lens is None else sum(self.query_lens)
+        return total - self.num_decode_rows

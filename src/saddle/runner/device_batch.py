@@ -2,7 +2,7 @@
 
 A step in which every row computes one token and samples (most steps) has static buffers, so that it can be a graph:
 only row ids and fresh blocks go up, and nothing if they are those of the step before. Other steps get buffers of
-their own size.
+their own size, but for the tokens of steps whose pieces are graphs: these are static too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class DeviceBatch:
     rows, positions   [S] int32, their rows and the positions that the new tokens take; more than `sampling` where
         a step is padded
     scored     (work, first position) of the rows with prompt_logprobs; their logits, one for each token, come last
-    size       rows of the graph that the step may be; 0: none, it has prompts
+    size       rows of the graph that the step may be; 0: none
+    num_tokens tokens, padding included, of the graphs that the step's pieces may be; 0: none
     """
 
     inputs: DeviceInputs
@@ -38,6 +39,7 @@ class DeviceBatch:
     positions: torch.Tensor
     scored: list[tuple[RowWork, int]]
     size: int = 0
+    num_tokens: int = 0
 
 
 def aligned(count: int) -> int:
@@ -49,9 +51,10 @@ class DeviceBatcher:
 
     Args:
         max_context: longest context that a row may have; the bound that graphs are captured with.
+        max_padded: tokens of the largest step with prompts that is padded.
     """
 
-    def __init__(self, rows: DeviceRows, max_context: int) -> None:
+    def __init__(self, rows: DeviceRows, max_context: int, max_padded: int = 0) -> None:
         num_rows, device = len(rows.epochs), rows.device
         self._rows = rows
         self._max_context = max_context
@@ -68,6 +71,9 @@ class DeviceBatcher:
         self._slots = numbers(num_rows, torch.int64)
         self._counting = torch.arange(aligned(num_rows + 1), dtype=torch.int32, device=device)
         self._decodes = {}  # type: dict[int, DeviceInputs]
+        self._mixed_ids = numbers(max_padded)
+        self._mixed_positions = numbers(max_padded).fill_(-1)
+        self._mixed_slots = numbers(max_padded, torch.int64).fill_(-1)
 
     # decode steps ------------------------------------------------------------------------------------------------
 
@@ -148,8 +154,19 @@ class DeviceBatcher:
 
     # steps with prompts ------------------------------------------------------------------------------------------
 
-    def mixed(self, work: list[RowWork]) -> DeviceBatch:
+    def piece_inputs(self, size: int) -> DeviceInputs:
+        """What the pieces of steps of `size` tokens read, for capture: the tokens alone."""
+        none = self._row_ids[:0]
+        return DeviceInputs(
+            self._mixed_ids[:size], self._mixed_positions[:size], self._mixed_slots[:size], self._rows.block_tables,
+            none, self._counting[:1], none, none, 0, size, self._max_context, (),
+        )  # fmt: skip
+
+    def mixed(self, work: list[RowWork], size: int = 0) -> DeviceBatch:
         """Upload and fill a step in which rows compute any number of tokens; rows with one come first.
+
+        Args:
+            size: tokens to pad the step to, at least as many as there are; 0: no padding.
 
         Raises:
             ValueError: the plan is for another request than the one in its row; nothing was changed.
@@ -167,9 +184,9 @@ class DeviceBatcher:
             logit_tokens += range(start, start + item.num_tokens)
         table, block_ids = self._describe(work, starts)
         contexts = [rows.num_known[item.row] for item in work]
-        inputs, taken = self._fill(table, block_ids, lengths, logit_tokens, len(sampling), max(contexts))
+        inputs, taken = self._fill(table, block_ids, lengths, logit_tokens, len(sampling), max(contexts), size)
         first_scored = [(item, first) for item, _, first in scored]
-        return DeviceBatch(inputs, sampling, *taken, first_scored)
+        return DeviceBatch(inputs, sampling, *taken, first_scored, num_tokens=size)
 
     def _describe(self, work: list[RowWork], starts: Sequence[int]) -> tuple[list[int], list[int]]:
         """The table of `step_inputs.launch_rows` and its block ids; advances the host's mirror."""
@@ -189,19 +206,24 @@ class DeviceBatcher:
 
     def _fill(
         self, table: list[int], block_ids: list[int], lengths: list[int], logit_tokens: list[int], num_samples: int,
-        max_context: int,
+        max_context: int, size: int,
     ) -> tuple[DeviceInputs, tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         rows, num_rows, total = self._rows, len(lengths), sum(lengths)
         up_table, up_blocks, logit_index = self._upload(table, block_ids, logit_tokens)
-        counts = (num_rows, num_rows + 1, num_rows, num_samples, num_samples, total, total)
+        own = 0 if size else total
+        counts = (num_rows, num_rows + 1, num_rows, num_samples, num_samples, own, own)
         row_ids, query_starts, context_lens, sample_rows, sample_positions, token_ids, positions = _cut(
             torch.empty(sum(map(aligned, counts)), dtype=torch.int32, device=rows.device), counts
         )
-        slots = torch.empty(total, dtype=torch.int64, device=rows.device)
+        if size:
+            token_ids, positions = self._mixed_ids[:size], self._mixed_positions[:size]
+            slots = self._mixed_slots[:size]
+        else:
+            slots = torch.empty(total, dtype=torch.int64, device=rows.device)
         step_inputs.launch_rows(
-            up_table.view(num_rows, -1), up_blocks, max(lengths), rows.state, rows.token_ids, rows.block_tables,
-            row_ids, query_starts, context_lens, sample_rows, sample_positions, token_ids, positions, slots,
-            rows.block_size,
+            up_table.view(num_rows, -1), up_blocks, max(*lengths, size - total), rows.state, rows.token_ids,
+            rows.block_tables, row_ids, query_starts, context_lens, sample_rows, sample_positions, token_ids,
+            positions, slots, rows.block_size,
         )  # fmt: skip
         inputs = DeviceInputs(
             token_ids=token_ids,

@@ -31,6 +31,23 @@ def test_prompts_in_chunks_cached_blocks_and_decoding_rows() -> None:
 
 
 @in_interpreter
+def test_steps_with_prompts_are_padded_in_memory_that_stays() -> None:
+    both = Both(4, max_padded=64)
+    both.admit(0, 60)
+    both.admit(2, 30)
+    static = both.batcher.piece_inputs(64)
+    for lengths, size in (((40, 9), 64), ((3, 1), 16), ((17, 20), 64)):
+        work = [both.work(0, lengths[0], True), both.work(2, lengths[1], True)]
+        batch = both.batcher.mixed(work, size)
+        both.compare(work, batch)
+        assert len(batch.inputs.token_ids) == batch.num_tokens == size
+        assert batch.inputs.num_prompt_tokens == sum(length for length in lengths if length > 1)
+        assert batch.inputs.token_ids[sum(lengths) :].tolist() == [0] * (size - sum(lengths))
+        for name in ("token_ids", "positions", "slots"):
+            assert getattr(batch.inputs, name).data_ptr() == getattr(static, name).data_ptr()
+
+
+@in_interpreter
 @pytest.mark.parametrize("size", [5, 8])
 def test_decode_steps_over_the_ends_of_blocks(size: int) -> None:
     both = Both(8)

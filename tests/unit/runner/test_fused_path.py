@@ -22,7 +22,7 @@ from saddle.model.inputs import DeviceInputs
 from saddle.plan.memory import plan_device
 from saddle.protocol import DeviceInfo, DeviceMemory, SamplingParams, StepMask, StepPlan
 from saddle.runner import fused_path
-from saddle.runner.graphs import DecodeGraphs
+from saddle.runner.graphs import DecodeGraphs, PieceGraphs
 from saddle.runner.runner import Runner
 from tests.support.interpreted import in_interpreter, outside, run_file
 from tests.support.plans import GREEDY, Plans, prompt_of
@@ -56,6 +56,7 @@ class Model:
     def __init__(self, config: ModelConfig, weights: Any, **sizes: Any) -> None:
         self._logits = torch.full((sizes["max_rows"], VOCAB), torch.nan)
         self.num_forwards = 0
+        self.num_pieces = 3
         self.slots: dict[int, tuple[int, int]] = {}
 
     @staticmethod
@@ -71,8 +72,18 @@ class Model:
     def allocate_kv(self, num_blocks: int, block_size: int, kind: str) -> str:
         return kind
 
-    def hidden(self, inputs: DeviceInputs, kv: str) -> torch.Tensor:
+    def piece(self, number: int, inputs: DeviceInputs, kv: str) -> None:
+        self.tokens = inputs.token_ids, inputs.positions, inputs.slots
+
+    def hidden(
+        self, inputs: DeviceInputs, kv: str, piece: Callable[[int], object] | None = None
+    ) -> torch.Tensor:  # fmt: skip
         self.num_forwards += 1
+        if piece is not None:
+            for number in range(self.num_pieces):
+                piece(number)  # what was captured reads the memory that the step's inputs are in
+                for own, given in zip(self.tokens, (inputs.token_ids, inputs.positions, inputs.slots), strict=True):
+                    assert own.data_ptr() == given.data_ptr() and own.shape == given.shape
         tokens, positions = inputs.token_ids.tolist(), inputs.positions.tolist()
         for token, position, slot in zip(tokens, positions, inputs.slots.tolist(), strict=True):
             assert (position < 0) == (slot < 0)
@@ -128,6 +139,14 @@ def capture(
         graphs._sample[size] = Graph(lambda size=size: sample(size))
 
 
+def capture_pieces(
+    graphs: PieceGraphs, launch: Callable[[int, int], object], pool: Any, on_size: Callable[[int, int], None]
+) -> None:  # fmt: skip
+    for size in reversed(graphs.sizes):
+        graphs._pieces[size] = [Graph(lambda size=size, number=number: launch(size, number))
+                                for number in range(graphs.num_pieces)]  # fmt: skip
+
+
 @outside
 def test_in_the_interpreter() -> None:
     run_file(__file__)
@@ -155,6 +174,7 @@ def patched() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_path, "FusedMiniMaxM2", Model)
         patch.setattr(DecodeGraphs, "capture", capture)
+        patch.setattr(PieceGraphs, "capture", capture_pieces)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         yield
@@ -206,6 +226,30 @@ def test_graphs_serve_decode_steps_that_are_plain(plans: Plans) -> None:
         assert replayed == [("forward", 2), ("sample", 2)] and path.num_launches == 2
         plans.step(*(plans.work(row, 1) for row in range(3)))  # row 2 wants log-probabilities
         assert replayed[2:] == [("forward", 4)]
+    plans.release(0, 1, 2)
+
+
+@in_interpreter
+def test_pieces_of_steps_with_prompts_are_graphs_up_to_a_size(plans: Plans) -> None:
+    """By the number of tokens, and never where no row has more than one; the ids are those of the prompts."""
+    path = plans.runner.path
+    assert path._pieces.sizes == (16, 32, 64)
+    replayed: list[tuple[int, int]] = []
+    prompts = {0: prompt_of(20, 1, VOCAB), 1: prompt_of(16, 2, VOCAB), 2: prompt_of(15, 3, VOCAB)}
+    with pytest.MonkeyPatch.context() as patch:
+        own = path._pieces.replay
+        patch.setattr(path._pieces, "replay", lambda size, number: (replayed.append((size, number)), own(size, number)))
+        plans.start(0, prompts[0])
+        assert replayed == [(32, 0), (32, 1), (32, 2)]
+        plans.start(1, prompts[1])
+        assert replayed[3:] == [(16, 0), (16, 1), (16, 2)]
+        admit = plans.admit(2, prompts[2])
+        plans.step(plans.work(0, 1), plans.work(1, 1), plans.work(2, 15), admits=[admit])
+        assert replayed[6:] == [(32, 0), (32, 1), (32, 2)]
+        plans.finish(prompts, 3)
+        assert len(replayed) == 9
+    for row, ids in prompts.items():
+        assert plans.output(row) == continued(ids, 3)
     plans.release(0, 1, 2)
 
 
@@ -280,7 +324,7 @@ def test_an_empty_plan(plans: Plans) -> None:
 @in_interpreter
 def test_without_graphs(patched: None) -> None:
     plans = Plans(*started(replace(CONFIG, compile=CompileConfig(enforce_eager=True))))
-    assert plans.runner.path._graphs.sizes == ()
+    assert plans.runner.path._graphs.sizes == () == plans.runner.path._pieces.sizes
     prompts = {0: prompt_of(63, 1, VOCAB), 2: prompt_of(4, 2, VOCAB)}
     for row, ids in prompts.items():
         plans.start(row, ids)
