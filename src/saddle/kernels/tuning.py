@@ -2,14 +2,17 @@
 
 The default tiles in `linear` and `experts` were found on an H100 and serve every sm_90 card with as many
 multiprocessors. On another card the first start measures a few candidates around them, for every weight of the model
-at three numbers of tokens, and keeps the best in a file whose name holds the card, the model's shape and the version
-of Saddle. A number of tokens that was not measured takes the nearest measured one that runs the same kernel.
+at four numbers of tokens, and keeps the best in a file whose name holds the card, the model's shape and the version
+of Saddle. A number of tokens that was not measured takes the nearest measured one that runs the same kernel. What
+takes time is compiling, so all candidates are compiled side by side first, where Triton can.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -18,11 +21,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
 from saddle.kernels import experts, linear, quant, router, tiles
 from saddle.kernels.quant import Activation
@@ -34,7 +41,7 @@ from saddle.version import VERSION
 logger = logging.getLogger(__name__)
 
 SHIPPED_SMS = 132  # H100 SXM, H200
-SIZES = (8, 64, 1024)
+SIZES = (8, 64, 1024, 4096)
 BUCKETS = tuple(1 << power for power in range(14))
 # Experts of the random model that is measured: as many as M2 has (3.6 GB in FP8), since how many tokens an expert
 # gets decides which tiles are fast.
@@ -71,6 +78,10 @@ class Case:
     candidates: list[Block]
     run: Callable[[Block], None]
 
+    def fitting(self, target: Target) -> list[Block]:
+        """The candidates, different ones, as they fit the matrix and the chip."""
+        return list(dict.fromkeys(fit(block, self.matrix, target) for block in self.candidates))
+
 
 def prepare(shapes: Shapes, target: Target, device: torch.device | str, folder: Path | None) -> tuple[Target, str]:
     """The target with its tiles, and one line that says where they come from.
@@ -85,7 +96,9 @@ def prepare(shapes: Shapes, target: Target, device: torch.device | str, folder: 
         found = json.loads(path.read_text())
         return with_blocks(target, found), f"tiles of the kernels: measured before on this card, from {path}"
     started = time.monotonic()
-    found = tune(list(cases(shapes, target, device)), target, time_on_gpu)
+    work = list(cases(shapes, target, device))
+    compile_all(work, target)
+    found = tune(work, target, time_on_gpu)
     if path is not None:
         _write(path, json.dumps(found, indent=1))
     seconds = time.monotonic() - started
@@ -105,12 +118,39 @@ def with_blocks(target: Target, found: dict[str, list[int]]) -> Target:
     return dataclasses.replace(target, blocks={key: tuple(block) for key, block in found.items()})  # type: ignore[misc]
 
 
+def compile_all(work: list[Case], target: Target) -> None:
+    """Compile every candidate, on as many cores as there are. Those that fail do so again, and are named, when they
+    are measured; where this Triton cannot, candidates are compiled one by one then."""
+    mode = getattr(triton, "AsyncCompileMode", None)
+    if mode is None or "ignore_errors" not in inspect.signature(mode).parameters:
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool, _compiling_only(), mode(pool, ignore_errors=True):
+        for case in work:
+            for block in case.fitting(target):
+                case.run(block)
+
+
+@contextlib.contextmanager
+def _compiling_only() -> Iterator[None]:
+    """Launches compile and do not run."""
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        return run(self, *args, **{**options, "warmup": True})
+
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
 def tune(work: list[Case], target: Target, clock: Clock) -> dict[str, list[int]]:
     """The fastest candidate of every case, spread over the numbers of tokens that were not measured."""
     best: dict[str, list[tuple[int, Block]]] = {}
     for case in work:
         times = {}
-        for candidate in dict.fromkeys(fit(block, case.matrix, target) for block in case.candidates):
+        for candidate in case.fitting(target):
             try:
                 times[candidate] = clock(partial(case.run, candidate))
             except RuntimeError as error:  # too many registers or too much shared memory: no candidate here

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
 
 from saddle.kernels import experts, linear, router, target, tiles, tuning
+from saddle.kernels.compile_table import activation, compiling
 from saddle.kernels.tile_dot import Block, block_key
 from saddle.kernels.tiles import Fp8Tiles
 
@@ -81,8 +82,10 @@ def test_shipped_cards_are_not_measured(tmp_path: Path) -> None:
 def test_the_first_start_measures_and_the_next_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "cases", lambda *_: work(tiles.allocate(512, 256, Fp8Tiles(), "meta"), (8,)))
     monkeypatch.setattr(tuning, "time_on_gpu", lambda run: 1.0 + run.args[0].bn / 1000)
+    compiled: list[tuning.Case] = []
+    monkeypatch.setattr(tuning, "compile_all", lambda cases, target: compiled.extend(cases))
     first, line = tuning.prepare(SHAPES, CHIP, "cpu", tmp_path)
-    assert "measured on this card in 0 s, kept in" in line
+    assert "measured on this card in 0 s, kept in" in line and len(compiled) == 1
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("tiles-sm-120-") and json.loads(path.read_text())
     monkeypatch.setattr(tuning, "cases", lambda *_: pytest.fail("measured again"))
@@ -92,13 +95,24 @@ def test_the_first_start_measures_and_the_next_reads(tmp_path: Path, monkeypatch
     assert tuning.file_name(other, CHIP) != path.name
 
 
+def test_candidates_are_compiled_side_by_side_and_do_not_run() -> None:
+    """For a chip that is not here: nothing could run."""
+    matrix = tiles.allocate(512, 256, Fp8Tiles(), "meta")
+    a, out = activation(CHIP, 64, 256), torch.empty(64, 512, device="meta")
+    blocks = [Block(bn, 64, 128, 3, 4) for bn in (32, 64, 128)]
+    case = tuning.Case("few", 64, matrix, blocks, lambda block: linear.launch(a, matrix, out, block, 0))
+    with compiling(CHIP) as made:
+        tuning.compile_all([case], CHIP)
+    assert len({kernel.asm["ptx"] for kernel in made}) == 3
+
+
 def test_cases_cover_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "route", lambda *_: None)
     launched: list[tuple[str, Block]] = []
     monkeypatch.setattr(linear, "launch", lambda a, w, out, block, pdl: launched.append((a.data.shape[0], block)))
     monkeypatch.setattr(experts, "launch", lambda *a: launched.append((a[0].data.shape[0], a[6])))
     found = list(tuning.cases(SHAPES, CHIP, "cpu"))
-    products = (("few", 8), ("few", 64), ("many", 1024))
+    products = (("few", 8), ("few", 64), ("many", 1024), ("many", 4096))
     kinds = {(case.kernel, case.num_tokens, case.matrix.num_rows) for case in found}
     assert kinds == {
         *((kernel, size, rows) for kernel, size in products for rows in (512, 256, 1024)),
