@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from saddle.kernels import linear, nibbles, quant, tiles
-from saddle.kernels.target import detect
+from saddle.kernels.target import Target, detect
 from saddle.kernels.tiles import NibbleTiles, PackedMatrix
 from saddle.model import packed
 from saddle.model.config import ModelConfig
@@ -46,7 +46,7 @@ def nibble_weight(tile_format: NibbleTiles, rows: int, columns: int) -> PackedMa
 @pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
 @pytest.mark.parametrize("shape", [QKV, OUT], ids=["qkv", "o"])
 @pytest.mark.parametrize("tile_format", FORMATS, ids=str)
-def test_products(tile_format: NibbleTiles, shape: tuple[int, int], chip: support.Target) -> None:
+def test_products(tile_format: NibbleTiles, shape: tuple[int, int], chip: Target) -> None:
     torch.manual_seed(5)
     matrix = nibble_weight(tile_format, *shape)
     values = nibbles.dequantise(matrix).double()

@@ -105,7 +105,7 @@ def kind(loaded: Any) -> str:
 
 @pytest.fixture
 def plans(loaded: Any) -> Iterator[Plans]:
-    yield Plans(*loaded[1:], order=5)
+    yield Plans(loaded[1], loaded[2], order=5)
     torch.cuda.set_sync_debug_mode("default")
 
 
@@ -117,7 +117,7 @@ def eager_runner() -> tuple[Runner, DeviceInfo]:
 
 @pytest.fixture
 def eager(eager_runner: Any) -> Plans:
-    return Plans(*eager_runner, order=5)
+    return Plans(eager_runner[0], eager_runner[1], order=5)
 
 
 def wrong(found: scenarios.Answers, tasks: Sequence[Task]) -> dict[int, str]:
@@ -201,7 +201,8 @@ def test_preempted_rows_go_on(plans: Plans, tasks: list[Task]) -> None:
 
 def test_graphs_give_the_bits_of_eager_steps(plans: Plans, kind: str, tasks: list[Task], eager_runner: Any) -> None:
     """Log-probabilities too, where a step has the same number of rows and no padding."""
-    other = Plans(*(eager_runner if kind == "W8A16" else start(EAGER, kind)), order=5)
+    runner, info = eager_runner if kind == "W8A16" else start(EAGER, kind)
+    other = Plans(runner, info, order=5)
     params = SamplingParams(temperature=1.0, logprobs=2)
     for size in (1, 2, 4):
         found = []
@@ -268,10 +269,10 @@ def test_edits_beside_plain_rows(plans: Plans, tasks: list[Task]) -> None:
     params = [
         GREEDY,
         SamplingParams(temperature=0.0, logit_bias={77: 100.0, 5: -3.0}, logprobs=2),
-        SamplingParams(temperature=0.0, allowed_token_ids=[78, 90], logit_bias={90: 50.0}),
-        SamplingParams(temperature=0.0, bad_words_ids=[(first, second)]),
-        SamplingParams(temperature=0.0, bad_words_ids=[(first,)]),
-        SamplingParams(temperature=0.0, min_tokens=5, stop_token_ids=[first, second]),
+        SamplingParams(temperature=0.0, allowed_token_ids=(78, 90), logit_bias={90: 50.0}),
+        SamplingParams(temperature=0.0, bad_words_ids=((first, second),)),
+        SamplingParams(temperature=0.0, bad_words_ids=((first,),)),
+        SamplingParams(temperature=0.0, min_tokens=5, stop_token_ids=(first, second)),
         GREEDY,
         SamplingParams(temperature=0.0, logprobs=3),
     ]

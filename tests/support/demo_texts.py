@@ -16,6 +16,7 @@ import torch
 
 from demo.chat import a_conversation
 from saddle.launch import demo_model_path
+from saddle.model.m2 import MiniMaxM2
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import SamplingParams
 from saddle.runner import logits as edit
@@ -76,7 +77,7 @@ class Truth:
     """The bundled checkpoint in plain torch and float32."""
 
     device: torch.device
-    model: plain_model.MiniMaxM2 = field(init=False)
+    model: MiniMaxM2 = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = plain_model.load(demo_model_path(), self.device)

@@ -23,14 +23,14 @@ def requests(written: list[list[int]], vocab_size: int) -> list[SamplingParams]:
     return [
         SamplingParams(),
         SamplingParams(logit_bias={5: 100.0, vocab_size - 1: -7.5, 0: 0.25}),
-        SamplingParams(allowed_token_ids=[1, 31, 32, vocab_size - 1], logit_bias={31: 2.0, 40: 9.0}),
-        SamplingParams(bad_words_ids=[(7,), (11,), (7,)], logit_bias={7: 3.0}),
-        SamplingParams(min_tokens=30, stop_token_ids=[2, 100]),
+        SamplingParams(allowed_token_ids=(1, 31, 32, vocab_size - 1), logit_bias={31: 2.0, 40: 9.0}),
+        SamplingParams(bad_words_ids=((7,), (11,), (7,)), logit_bias={7: 3.0}),
+        SamplingParams(min_tokens=30, stop_token_ids=(2, 100)),
         SamplingParams(logit_bias={rng.randrange(vocab_size): rng.uniform(-5, 5) for _ in range(200)}),
         SamplingParams(min_tokens=5),
-        SamplingParams(bad_words_ids=[(*tail, 50), (tail[-1], 51), (tail[0], 52), (1, *tail, 53), (*([4] * 60), 54),
-                                      (*tail[1:], 50)]),
-        SamplingParams(min_tokens=99, ignore_eos=True, stop_token_ids=[8], allowed_token_ids=[8, 9]),
+        SamplingParams(bad_words_ids=((*tail, 50), (tail[-1], 51), (tail[0], 52), (1, *tail, 53), (*([4] * 60), 54),
+                                      (*tail[1:], 50))),
+        SamplingParams(min_tokens=99, ignore_eos=True, stop_token_ids=(8,), allowed_token_ids=(8, 9)),
     ]  # fmt: skip
 
 
