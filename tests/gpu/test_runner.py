@@ -164,6 +164,23 @@ def test_it_is_the_fused_path_with_graphs(loaded: Any) -> None:
     assert runner.path._target.has_fp8_dot == (kind == "native")
 
 
+def test_nothing_compiles_after_the_start(plans: Plans, texts: list[list[int]]) -> None:
+    """Prompts of odd lengths beside decoding rows, every kind of sampling, batches of many sizes. Comes first: what
+    another test had compiled would not be noticed."""
+    watch = plans.runner.path.compile_watch  # type: ignore[attr-defined]
+    watch.start()  # the runner that started last has the hook
+    params = [GREEDY, SamplingParams(temperature=0.9, top_k=40, top_p=0.95), SamplingParams(logprobs=2, seed=1),
+              SamplingParams(frequency_penalty=0.5, bad_words_ids=((3, 4),)), SamplingParams(top_p=0.5),
+              SamplingParams(top_k=300), SamplingParams(logit_bias={5: 1.0}, logprobs=0)]  # fmt: skip
+    known = [token_id for ids in texts for token_id in ids]
+    for row, length in enumerate((3, 17, 33, 64, 65, 129, 250, 311, 500, 1, 2, 16)):
+        admit = plans.admit(row, known[row : row + length], params[row % 7], seed=row)
+        plans.step(plans.work(row, length), *(plans.work(other, 1) for other in range(row)), admits=[admit])
+    scenarios.finish(plans, dict.fromkeys(range(12), 20))
+    plans.release(*range(12))
+    assert watch.names == []
+
+
 def test_rows_alone(plans: Plans, tasks: list[Task]) -> None:
     assert wrong(scenarios.alone(plans, tasks), tasks) == {}
 
@@ -384,27 +401,22 @@ def test_faults_of_sampling_are_noticed(
 # the rest ------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_compiles_after_the_start(plans: Plans, texts: list[list[int]]) -> None:
-    """Prompts of odd lengths beside decoding rows, every kind of sampling, batches of many sizes."""
-    watch = plans.runner.path.compile_watch  # type: ignore[attr-defined]
-    watch.names.clear()
-    params = [GREEDY, SamplingParams(temperature=0.9, top_k=40, top_p=0.95), SamplingParams(logprobs=2, seed=1),
-              SamplingParams(frequency_penalty=0.5), SamplingParams(top_p=0.5), SamplingParams(top_k=300)]  # fmt: skip
-    known = [token_id for ids in texts for token_id in ids]
-    for row, length in enumerate((3, 17, 33, 64, 65, 129, 250, 311, 500, 1, 2, 16)):
-        admit = plans.admit(row, known[row : row + length], params[row % 6], seed=row)
-        plans.step(plans.work(row, length), *(plans.work(other, 1) for other in range(row)), admits=[admit])
-    scenarios.finish(plans, dict.fromkeys(range(12), 20))
-    plans.release(*range(12))
-    assert watch.names == []
-
-
 def test_a_failed_step_leaves_the_others(plans: Plans, tasks: list[Task]) -> None:
     plans.start(0, tasks[0].prompt)
     plan = plans.plan([], [RowWork(0, 99, 1, 0, [], True, 31)])
     assert "epoch" in str(plans.run(plan).error)
     scenarios.finish(plans, {0: len(tasks[0].answer)})
     assert wrong(scenarios.taken(plans, [0]), tasks) == {}
+
+
+@pytest.mark.parametrize("kv", ["fp8", "fp8_dynamic"])
+def test_answers_with_fp8_kv(kv: str, tasks: list[Task]) -> None:
+    """Alone the persistent kernel, together the others; `test_model.py` bounds what FP8 KV changes."""
+    config = replace(CONFIG, cache=replace(CONFIG.cache, kv_cache_dtype=kv))
+    plans = Plans(*start(config, "native"), order=5)
+    assert wrong(scenarios.alone(plans, tasks[:6]), tasks) == {}
+    assert wrong(scenarios.together(plans, tasks), tasks) == {}
+    assert wrong(scenarios.beside_prompts(plans, tasks), tasks) == {}
 
 
 def test_the_engine_over_the_gpu(tasks: list[Task]) -> None:
