@@ -25,7 +25,7 @@ from saddle.model.source import resolve_model
 
 if TYPE_CHECKING:
     from saddle.grammar.backend import XGrammarBackend
-    from saddle.grammar.deferred import DeferredBackend
+    from saddle.grammar.thinking import ThinkingBackend
     from saddle.parsing.render import Renderer
     from saddle.parsing.replay import ReplayStore
     from saddle.parsing.tokenizer import Tokenizer
@@ -46,7 +46,8 @@ def build_core(
     """Load the model of `folder` and return a core that takes requests, with what was found on the way.
 
     Args:
-        with_grammars: offer structured output. Starts processes later, which an interactive caller may not want.
+        with_grammars: offer structured output. Starts processes later, which an interactive caller may not want;
+            limits of thinking are there without it.
 
     Raises:
         StartupError: it cannot start on this machine; the message says what would.
@@ -73,8 +74,8 @@ def build_core(
         yields_half=info.yields_half,
     )
     eos_ids = GenerationConfig.load(folder).eos_ids
-    grammar = build_grammar(tokenizer, info.vocab_size, eos_ids) if with_grammars else None
-    if grammar is not None and info.max_step_ms is not None:
+    grammar = build_grammar(tokenizer, info.vocab_size, eos_ids, compiles=with_grammars)
+    if with_grammars and info.max_step_ms is not None:
         # Where steps are to be short, a second of Python in another thread must not fall into the first of them.
         on_progress("loading structured output", 0.0, "")
         grammar.prepare()
@@ -82,17 +83,22 @@ def build_core(
 
 
 def build_grammar(
-    tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int], after_s: float | None = None
-) -> DeferredBackend:
-    """Structured output for an engine; loads nothing yet, but after `after_s` seconds, or a few, by itself."""
+    tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int], after_s: float | None = None, compiles: bool = True
+) -> ThinkingBackend:
+    """Structured output for an engine; loads nothing yet, but after `after_s` seconds, or a few, by itself.
+
+    Without `compiles` there are limits of thinking and no grammars.
+    """
     from saddle.grammar.deferred import PREPARE_AFTER_S, DeferredBackend
+    from saddle.grammar.thinking import ThinkingBackend
 
     def make() -> XGrammarBackend:
         from saddle.grammar.backend import XGrammarBackend
 
         return XGrammarBackend(tokenizer, vocab_size, eos_ids)
 
-    return DeferredBackend(make, PREPARE_AFTER_S if after_s is None else after_s)
+    grammars = DeferredBackend(make, PREPARE_AFTER_S if after_s is None else after_s) if compiles else None
+    return ThinkingBackend(vocab_size, tokenizer.calls_id, grammars)
 
 
 def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:

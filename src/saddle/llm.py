@@ -38,7 +38,7 @@ from saddle.parsing.fold import Completion, ToolCall, fold
 from saddle.parsing.replay import ReplayStore
 from saddle.parsing.stream import StreamParser
 from saddle.parsing.tokenizer import Tokenizer
-from saddle.protocol import FinishReason, Refused, SamplingParams, TokenDelta, TokenLogprobs, TokenRequest
+from saddle.protocol import FinishReason, GrammarSpec, Refused, SamplingParams, TokenDelta, TokenLogprobs, TokenRequest
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +169,22 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking_token_budget: int | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, thinking and tool calls apart; one output for each conversation.
 
         Args:
             messages: one conversation, or a list of them.
             tools: as in the OpenAI API, for all of them.
+            chat_template_kwargs: variables of the template; `enable_thinking: False` ends the thinking at once, as in
+                the server.
+            thinking_token_budget: most tokens of thinking; None and -1 are no limit.
         """
+        from saddle.server.sampling import max_thinking_tokens
+        from saddle.server.wire_openai import SamplingBody
+
+        asked = SamplingBody(thinking_token_budget=thinking_token_budget)
+        max_thinking = max_thinking_tokens(asked, template_kwargs=chat_template_kwargs)
         many = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = messages if many else [messages]
         offered = list(tools) if tools else None
@@ -184,7 +193,8 @@ class LLM:
             for c in conversations
         ]
         params = _spread(sampling_params, len(rendered))
-        return self._run([r.text for r in rendered], [r.token_ids for r in rendered], params, parse=True, tools=offered)
+        return self._run([r.text for r in rendered], [r.token_ids for r in rendered], params, parse=True, tools=offered,
+                         max_thinking=max_thinking)  # fmt: skip
 
     def close(self) -> None:
         """Free the model; the object is of no use afterwards."""
@@ -199,16 +209,18 @@ class LLM:
         params: Sequence[SamplingParams | None],
         parse: bool,
         tools: Sequence[Mapping[str, Any]] | None,
+        max_thinking: int | None = None,
     ) -> list[RequestOutput]:
         resolved = [self._fit(p or self.default_sampling_params(), ids) for p, ids in zip(params, prompts, strict=True)]
+        grammars = [self._limit(max_thinking, wanted, ids) for wanted, ids in zip(resolved, prompts, strict=True)]
         batch = next(self._numbers)
         choices: dict[str, _Choice] = {}
         for number, (ids, wanted) in enumerate(zip(prompts, resolved, strict=True)):
             for index in range(wanted.n):
                 name = f"{batch}-{number}-{index}"
                 choices[name] = _Choice(self._parser(wanted, ids, parse, tools))
-                one = wanted.of_choice(index)
-                self._core.submit(TokenRequest(request_id=name, prompt_ids=ids, params=one, arrival_s=time.monotonic()))
+                self._core.submit(TokenRequest(request_id=name, prompt_ids=ids, params=wanted.of_choice(index),
+                                               arrival_s=time.monotonic(), grammar=grammars[number]))  # fmt: skip
         self._check_answers(list(choices))
         while not all(choice.done for choice in choices.values()):
             for delta in self._core.step():
@@ -217,6 +229,14 @@ class LLM:
             self._output(texts[n], ids, [choices[f"{batch}-{n}-{i}"] for i in range(resolved[n].n)])
             for n, ids in enumerate(prompts)
         ]
+
+    def _limit(self, max_thinking: int | None, params: SamplingParams, ids: list[int]) -> GrammarSpec | None:
+        """The limit of the thinking that a prompt opened, by the server's rules."""
+        from saddle.server.constraints import bound_behind, check_sampling
+
+        check_sampling(None, max_thinking, params)
+        tokenizer = self._tokenizer
+        return bound_behind(None, max_thinking, tokenizer.end_think_id) if tokenizer.is_thinking(ids) else None
 
     def _parser(
         self, params: SamplingParams, ids: list[int], parse: bool, tools: Sequence[Mapping[str, Any]] | None

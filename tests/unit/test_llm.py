@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,29 @@ def test_chat_gives_thinking_and_an_exact_answer(llm: LLM) -> None:
     assert output.text.strip().endswith("= 83")
     assert output.reasoning.startswith("37+58-12")
     assert output.finish_reason == "stop" and output.stop_reason is None
+
+
+@pytest.mark.parametrize(("asked", "num_thought"), [
+    ({"chat_template_kwargs": {"enable_thinking": False}}, 0), ({"thinking_token_budget": 3}, 3),
+    ({"thinking_token_budget": -1}, None), ({"chat_template_kwargs": {"enable_thinking": True}}, None),
+])  # fmt: skip
+def test_thinking_is_limited_as_in_the_server(llm: LLM, asked: dict[str, Any], num_thought: int | None) -> None:
+    [free] = llm.chat(user("What is 37 + 58 - 12?"), GREEDY)
+    [limited] = llm.chat(user("What is 37 + 58 - 12?"), GREEDY, **asked)
+    free_ids, ids = free.outputs[0].token_ids, limited.outputs[0].token_ids
+    if num_thought is None:
+        assert ids == free_ids
+        return
+    assert ids[: num_thought + 1] == [*free_ids[:num_thought], llm.tokenizer.end_think_id]
+    assert limited.outputs[0].text.strip()
+    assert bool(limited.outputs[0].reasoning) is (num_thought > 0)
+
+
+def test_limits_of_thinking_that_make_no_sense(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="thinking_token_budget must be 0 or more"):
+        llm.chat(user("hi"), GREEDY, thinking_token_budget=-2)
+    with pytest.raises(InvalidRequest, match="may leave no token"):
+        llm.chat(user("hi"), SamplingParams(allowed_token_ids=(5,)), thinking_token_budget=2)
 
 
 def test_many_conversations_keep_their_order(llm: LLM) -> None:

@@ -49,17 +49,13 @@ class Compiled:
 
 
 class State:
-    """Where one request stands in its grammar; begins before its first generated token.
-
-    Args:
-        compiled: None where nothing but the thinking is limited.
-    """
+    """Where one request stands in its grammar; begins before its first generated token."""
 
     __slots__ = ("after_token_id", "ended", "matcher", "may_call", "num_fills", "num_thought", "room", "spent_s")
 
-    def __init__(self, compiled: Compiled | None, spec: GrammarSpec) -> None:
-        self.matcher = None if compiled is None else xgrammar.GrammarMatcher(compiled.grammar)
-        self.may_call = compiled is None or compiled.may_call
+    def __init__(self, compiled: Compiled, spec: GrammarSpec) -> None:
+        self.matcher = xgrammar.GrammarMatcher(compiled.grammar)
+        self.may_call = compiled.may_call
         self.after_token_id = spec.after_token_id  # None once the grammar binds
         self.room = spec.max_thinking_tokens
         self.num_thought = 0
@@ -117,7 +113,6 @@ class XGrammarBackend:
         # grammar does not provide for: readers of the output end the thinking there.
         self._thinking = self._bits(real - self._eos_ids - {self._calls_id}).tobytes()
         self._thinking_may_call = self._bits(real - self._eos_ids).tobytes()
-        self._unbound = self._real.tobytes()
         self._only_end = self._bits(self._eos_ids).tobytes()
 
     def _bits(self, ids: Iterable[int]) -> Bits:
@@ -143,9 +138,6 @@ class XGrammarBackend:
         if spec.after_token_id is not None and not 0 <= spec.after_token_id < self.vocab_size:
             raise InvalidRequest(f"There is no token {spec.after_token_id}.", param)
         state: Future[State] = Future()
-        if spec.kind == "unbound":
-            state.set_result(State(None, spec))
-            return state
 
         def hand_over(compiled: Future[Compiled]) -> None:
             # The request may have been given up meanwhile.
@@ -252,11 +244,7 @@ class XGrammarBackend:
         if state.after_token_id is not None:
             if state.room is not None and state.num_thought >= state.room:
                 return self._bits([state.after_token_id]).tobytes()
-            if state.matcher is None:
-                return self._unbound
             return self._thinking_may_call if state.may_call else self._thinking
-        if state.matcher is None:
-            return self._unbound
         if state.ended:
             return self._only_end
         began = time.perf_counter()
@@ -277,8 +265,6 @@ class XGrammarBackend:
                 state.num_thought += 1
                 return
             state.after_token_id = None
-        if state.matcher is None:
-            return
         if state.ended:
             if token_id not in self._eos_ids:
                 raise ValueError(f"token {token_id} follows the end of the output")
