@@ -268,6 +268,13 @@ def test_logprobs_of_rows_with_different_logits() -> None:
             assert [token_id for token_id, _ in found.logprobs[0].top] == ranking(raw)[: asked[row]]
 
 
+def test_the_rank_counts_equal_logits_as_vllm_does() -> None:
+    """How many ids are at least as likely, the chosen one included."""
+    logits = torch.tensor([[1.0, 3.0, 1.0, 2.0, 1.0, 0.0]] * 4)
+    found = sampling.score(logits, torch.tensor([1, 3, 4, 5]), 0)
+    assert found[:, 2].tolist() == [1, 2, 5, 6]
+
+
 def test_scores_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Position by position, in parts, and without the padding of the vocabulary."""
     table = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(4))
