@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from saddle.kernels.grouped import GroupedExperts
+from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, MAX_FEW_TOKENS, RouterWork, max_units
 from saddle.kernels.target import Target
@@ -306,15 +307,17 @@ def launch(
     capacity, a8 = work.lists.shape[1], h.scale is not None
     h_scales, act_scales = (h.scale, act.scale) if a8 else (h.data, act.data)  # bf16 has none: anything goes
     few: dict[str, bool] = {"ONE": num_tokens == 1} if num_tokens <= MAX_FEW_TOKENS else {}
-    (_up_few_kernel if few else _up_many_kernel)[(units * (w13.num_rows // up.bn),)](
-        h.data, h_scales, *weight_tensors(w13, a8), *lists, act.data, act_scales, capacity, N=w13.num_rows,
-        **matrix_constants(w13), EXPERTS=work.num_experts, TOP_K=work.top_k, A8=a8, BN=up.bn, BM=up.bm, BK=up.bk,
-        **few, STAGES=up.stages, PDL=pdl, **launch_options(up.warps, pdl),
+    enqueue(
+        _up_few_kernel if few else _up_many_kernel, (units * (w13.num_rows // up.bn), 1, 1), h.data, h_scales,
+        *weight_tensors(w13, a8), *lists, act.data, act_scales, capacity, N=w13.num_rows, **matrix_constants(w13),
+        EXPERTS=work.num_experts, TOP_K=work.top_k, A8=a8, BN=up.bn, BM=up.bm, BK=up.bk, **few, STAGES=up.stages,
+        PDL=pdl, **launch_options(up.warps, pdl),
     )  # fmt: skip
-    (_down_few_kernel if few else _down_many_kernel)[(units * (w2.num_rows // down.bn),)](
-        act.data, act_scales, *weight_tensors(w2, a8), *lists, work.weights, out, capacity, N=w2.num_rows,
-        **matrix_constants(w2), EXPERTS=work.num_experts, A8=a8, BN=down.bn, BM=down.bm, BK=down.bk, **few,
-        STAGES=down.stages, PDL=pdl, **launch_options(down.warps, pdl),
+    enqueue(
+        _down_few_kernel if few else _down_many_kernel, (units * (w2.num_rows // down.bn), 1, 1), act.data, act_scales,
+        *weight_tensors(w2, a8), *lists, work.weights, out, capacity, N=w2.num_rows, **matrix_constants(w2),
+        EXPERTS=work.num_experts, A8=a8, BN=down.bn, BM=down.bm, BK=down.bk, **few, STAGES=down.stages, PDL=pdl,
+        **launch_options(down.warps, pdl),
     )  # fmt: skip
 
 

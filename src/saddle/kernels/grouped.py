@@ -139,7 +139,7 @@ class GroupedExperts:
         params.shares, params.output = work.weights.data_ptr(), out.data_ptr()
         params.output_scales = 0 if scales is None else scales.data_ptr()
         params.queue, params.capacity = self._queue.data_ptr(), work.lists.shape[1]
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self._queue.get_device())
         self.kernels[name].launch_apart(self._num_blocks, BLOCK_THREADS, params, stream)
 
     def _map(self, w: PackedMatrix) -> Any:
