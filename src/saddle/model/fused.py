@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from saddle.errors import StartupError
-from saddle.kernels import experts, fused_norm, linear, paged_decode, paged_prefill, qk_rope, router
+from saddle.kernels import experts, fused_norm, grouped, linear, paged_decode, paged_prefill, qk_rope, router
 from saddle.kernels.norm_rope import rotary_table
 from saddle.kernels.nvrtc import CudaError
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
@@ -58,7 +58,7 @@ class FusedMiniMaxM2:
         max_positions: longest context; the rotary table covers it.
         max_tokens, max_rows: the largest step.
         uniform_routing: experts are a hash of layer, position and token (random weights route unevenly).
-        cache_dir: where the persistent kernel's binaries are kept; None: nowhere.
+        cache_dir: where binaries of kernels in CUDA C++ are kept; None: nowhere.
 
     Raises:
         StartupError: the checkpoint's shape is none that the kernels are made for.
@@ -87,6 +87,8 @@ class FusedMiniMaxM2:
         self.pdl = PDL_LATE if target.has_pdl and device.type != "cpu" else 0
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
         self.space = Workspace(config, kinds, target, max_tokens, max_rows, device)
+        first, top_k = weights.layers[0], config.num_experts_per_tok
+        self.grouped, self._experts_path = grouped.prepare(first.w13, first.w2, top_k, target, cache_dir)
         self.persistent: PersistentDecode | None = None
         self._not_persistent = unsupported(target, decode_shape(config), weights)
         self.cos, self.sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
@@ -112,8 +114,10 @@ class FusedMiniMaxM2:
         """Which kernels run which steps, one line each with the reason."""
         line = f"steps: Triton kernels ({self.target.arch}), eight launches a layer where all rows decode"
         if self._not_persistent is not None:
-            return [line, f"decode steps: no persistent kernel, because {self._not_persistent}"]
-        return [line, f"decode steps of up to {MAX_ROWS} rows: the persistent kernel, one launch a step"]
+            decode = f"decode steps: no persistent kernel, because {self._not_persistent}"
+        else:
+            decode = f"decode steps of up to {MAX_ROWS} rows: the persistent kernel, one launch a step"
+        return [line, decode, self._experts_path]
 
     def path_of(self, num_rows: int) -> str:
         """What a decode step of so many rows runs through."""
@@ -290,7 +294,7 @@ class FusedMiniMaxM2:
     def experts(self, layer: PackedLayer, work: Buffers) -> None:
         """Launches 7 and 8."""
         experts.experts(work.h2, layer.w13, layer.w2, self.space.router, work.active, work.pairs, self.target,
-                        self.pdl)  # fmt: skip
+                        self.pdl, self.grouped)  # fmt: skip
 
 
 def why_not(config: ModelConfig) -> str | None:
