@@ -21,7 +21,7 @@ from saddle.kernels.row_state import NUM_COMPUTED, ROW_WIDTH
 
 TOKEN_BLOCK = 1024  # tokens a program of `token_inputs` writes
 COPY_BLOCK = 256  # block ids that `row_inputs` copies at a time
-WORK_WIDTH = tl.constexpr(8)  # numbers of a row's work, see `launch_rows`
+WORK_WIDTH = 8  # numbers of a row's work, see `launch_rows`
 MAX_LANES = 1024  # rows that `decode_inputs` takes in its one program
 
 

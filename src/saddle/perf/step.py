@@ -171,8 +171,13 @@ class Driver:
             found.append(self._between(began, self._mark()))
             host.append(sum(calls))
         milliseconds = median(found[1:])
-        return {"batch": 1, "prompt": length, "step_ms": round(milliseconds, 3), "host_ms": round(median(host[1:]), 3),
-                "tokens_per_s": round(1e3 * length / milliseconds, 1)}  # fmt: skip
+        point: dict[str, Any] = {
+            "batch": 1, "prompt": length, "step_ms": round(milliseconds, 3), "host_ms": round(median(host[1:]), 3),
+            "tokens_per_s": round(1e3 * length / milliseconds, 1),
+        }  # fmt: skip
+        if self.is_fused:  # of the last part
+            point |= {"path": "pieces" if self.path.piece_size else "kernels", "graph_launches": self.path.num_launches}
+        return point
 
 
 def _read(handle: Any) -> None:

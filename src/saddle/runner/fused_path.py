@@ -115,7 +115,8 @@ class FusedPath:
         self.lines = [line, *target.decisions(), tiles_line, *kinds.lines,
                       *map(str, config.compile.decisions(sizes.max_num_seqs))]  # fmt: skip
         self.compile_watch = CompileWatch()
-        self.num_launches = 0  # graphs or eager halves of the last step
+        self.num_launches = 0  # graphs of the last step; an eager half counts as one
+        self.piece_size = 0  # tokens of the last step's pieces, padding included; 0: it had no such graphs
         self.rows: DeviceRows
         self.model: FusedMiniMaxM2
         self.kv: KVMemory
@@ -252,13 +253,9 @@ class FusedPath:
     def forward(self, work: list[RowWork]) -> Launched:
         began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
-        self.num_launches = 1
+        self.num_launches, self.piece_size = 1, 0
         if not self._batcher.is_decode(work):
-            has_prompt = any(item.num_tokens > 1 for item in work)
-            padded = self._pieces.size_for(sum(item.num_tokens for item in work)) if has_prompt else 0
-            batch = self._batcher.mixed(work, padded)
-            replay = functools.partial(self._pieces.replay, padded) if padded else None
-            hidden = self.model.hidden(batch.inputs, self.kv, replay)
+            batch, hidden = self._forward_mixed(work)
             logits = None if batch.scored else self.model.logits(hidden)
             return Launched(batch, logits, hidden, began)
         size = self._graphs.size_for(len(work))
@@ -268,6 +265,17 @@ class FusedPath:
         else:
             self._decode(len(work))
         return Launched(batch, self._logits[len(batch.inputs.row_ids)], None, began)
+
+    def _forward_mixed(self, work: list[RowWork]) -> tuple[DeviceBatch, torch.Tensor]:
+        """A step that may hold prompts, and the hidden states of its tokens that need logits."""
+        size = 0
+        if any(item.num_tokens > 1 for item in work):
+            size = self._pieces.size_for(sum(item.num_tokens for item in work))
+        batch = self._batcher.mixed(work, size)
+        if not size:
+            return batch, self.model.hidden(batch.inputs, self.kv)
+        self.num_launches, self.piece_size = self.model.num_pieces, size
+        return batch, self.model.hidden(batch.inputs, self.kv, functools.partial(self._pieces.replay, size))
 
     def _decode(self, size: int) -> None:
         self._batcher.launch_decode(size)

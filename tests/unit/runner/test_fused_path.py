@@ -240,14 +240,14 @@ def test_pieces_of_steps_with_prompts_are_graphs_up_to_a_size(plans: Plans) -> N
         own = path._pieces.replay
         patch.setattr(path._pieces, "replay", lambda size, number: (replayed.append((size, number)), own(size, number)))
         plans.start(0, prompts[0])
-        assert replayed == [(32, 0), (32, 1), (32, 2)]
+        assert replayed == [(32, 0), (32, 1), (32, 2)] and path.piece_size == 32 and path.num_launches == 3 + 1
         plans.start(1, prompts[1])
         assert replayed[3:] == [(16, 0), (16, 1), (16, 2)]
         admit = plans.admit(2, prompts[2])
         plans.step(plans.work(0, 1), plans.work(1, 1), plans.work(2, 15), admits=[admit])
         assert replayed[6:] == [(32, 0), (32, 1), (32, 2)]
         plans.finish(prompts, 3)
-        assert len(replayed) == 9
+        assert len(replayed) == 9 and path.piece_size == 0
     for row, ids in prompts.items():
         assert plans.output(row) == continued(ids, 3)
     plans.release(0, 1, 2)
