@@ -6,6 +6,7 @@ Nothing here shares code with the fused kernels but the unpacking of their weigh
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,12 +37,12 @@ def logits(model: MiniMaxM2, ids: list[int]) -> torch.Tensor:
         return model.forward(inputs, model.allocate_kv(num_blocks, BLOCK_SIZE, model.dtype))
 
 
-def load(folder: Path, device: torch.device, max_positions: int = 2048) -> MiniMaxM2:
-    """A checkpoint in float32."""
-    config = ModelConfig.load(folder)
+def load(folder: Path, device: torch.device, overrides: dict[str, Any] | None = None) -> MiniMaxM2:
+    """A checkpoint in float32, for texts of up to 2,048 tokens."""
+    config = ModelConfig.load(folder, overrides or {})
     weights = w.allocate(config, ParallelLayout(), torch.float32, device)
     w.load(folder, config, ParallelLayout(), weights, lambda share, note: None)
-    return MiniMaxM2(config, weights, max_positions)
+    return MiniMaxM2(config, weights, 2048)
 
 
 def dequantise(matrix: PackedMatrix) -> torch.Tensor:

@@ -18,12 +18,10 @@ from saddle.kernels import nibbles
 from saddle.kernels.persistent import unsupported
 from saddle.kernels.target import of_arch
 from saddle.model import packed
-from saddle.model import weights as w
 from saddle.model.config import ModelConfig
 from saddle.model.fused import FusedMiniMaxM2, decode_shape
-from saddle.model.inputs import StepInputs
-from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
+from tests.support import plain_model
 from tests.support.checkpoint import Shape, config_json
 from tests.support.exact_interpreter import repair
 from tests.support.four_bits import KINDS, SHAPE, write
@@ -42,19 +40,6 @@ def test_in_the_interpreter() -> None:
     run_file(__file__)
 
 
-def plain_logits(config: ModelConfig, folder: Path) -> torch.Tensor:
-    """Logits [T, V] of `IDS` in float32."""
-    weights = w.allocate(config, ONE, torch.float32, CPU)
-    w.load(folder, config, ONE, weights, lambda share, note: None)
-    model, count = MiniMaxM2(config, weights, 64), len(IDS)
-    every = torch.arange(count)
-    inputs = StepInputs(torch.tensor(IDS), every, every, torch.zeros(1, 1, dtype=torch.int64),
-                        torch.tensor([0, count], dtype=torch.int32), torch.tensor([count], dtype=torch.int32), every,
-                        count, count, [(count, count)])  # fmt: skip
-    with torch.inference_mode():
-        return model.forward(inputs, model.allocate_kv(1, 64, torch.float32))
-
-
 @in_interpreter
 @pytest.mark.parametrize("kind", MOST_KL)
 def test_logits_are_those_of_plain_torch(tmp_path: Path, kind: str) -> None:
@@ -64,7 +49,7 @@ def test_logits_are_those_of_plain_torch(tmp_path: Path, kind: str) -> None:
     weights = packed.allocate(config, ONE, CPU)
     packed.load(tmp_path, config, ONE, weights, lambda share, note: None)
     model = FusedMiniMaxM2(config, weights, max_positions=64, max_tokens=16, max_rows=4, target=of_arch("sm_90"))
-    expected = plain_logits(config, tmp_path)
+    expected = plain_model.logits(plain_model.load(tmp_path, CPU), IDS)
     steps = Steps(model, num_blocks=2, blocks_a_row=1)
     found = torch.cat([steps.step({0: IDS[:5]})[0], steps.step({0: IDS[5:]})[0]])
     kl, agreement = divergence(found, expected)

@@ -17,12 +17,10 @@ pytest.importorskip("triton", reason="NO TRITON: the fused model is not tested")
 from saddle.kernels.target import of_arch
 from saddle.launch import demo_model_path
 from saddle.model import packed
-from saddle.model import weights as w
 from saddle.model.config import ModelConfig
 from saddle.model.fused import FusedMiniMaxM2, why_not
-from saddle.model.inputs import StepInputs
-from saddle.model.m2 import MiniMaxM2
 from saddle.parallel.layout import ParallelLayout
+from tests.support import plain_model
 from tests.support.checkpoint import M2_LIKE, SMALL, config_json
 from tests.support.exact_interpreter import repair
 from tests.support.interpreted import in_interpreter, outside, run_file
@@ -39,17 +37,9 @@ def test_in_the_interpreter() -> None:
 
 def demo() -> tuple[ModelConfig, torch.Tensor]:
     """The demo with one layer, and its logits [T, V] of `IDS` in plain torch."""
-    folder = demo_model_path()
-    config = ModelConfig.load(folder, {"num_hidden_layers": 1})
-    weights = w.allocate(config, ONE, torch.float32, CPU)
-    w.load(folder, config, ONE, weights, lambda share, note: None)
-    model, count = MiniMaxM2(config, weights, 64), len(IDS)
-    every = torch.arange(count)
-    inputs = StepInputs(torch.tensor(IDS), every, every, torch.zeros(1, 1, dtype=torch.int64),
-                        torch.tensor([0, count], dtype=torch.int32), torch.tensor([count], dtype=torch.int32), every,
-                        count, count, [(count, count)])  # fmt: skip
-    with torch.inference_mode():
-        return config, model.forward(inputs, model.allocate_kv(1, 64, torch.float32))
+    overrides = {"num_hidden_layers": 1}
+    model = plain_model.load(demo_model_path(), CPU, overrides=overrides)
+    return ModelConfig.load(demo_model_path(), overrides), plain_model.logits(model, IDS)
 
 
 def fused(config: ModelConfig, arch: str) -> FusedMiniMaxM2:
