@@ -19,7 +19,7 @@ import triton
 
 from saddle.config import EngineConfig
 from saddle.errors import StartupError
-from saddle.kernels import fused_norm, paged_decode
+from saddle.kernels import fused_norm, paged_decode, sampling
 from saddle.kernels.paged_kv import BLOCK_SIZE
 from saddle.kernels.target import detect
 from saddle.model import packed
@@ -32,7 +32,11 @@ from saddle.model.workspace import Buffers
 from saddle.parallel.layout import ParallelLayout
 from saddle.perf import device as measuring
 from saddle.perf.work import Shape, Work, floor_s, stages, step
+from saddle.protocol import SamplingParams
+from saddle.runner.device_rows import row_numbers
 
+# The released model's own values, as in `step`.
+SAMPLING = SamplingParams(temperature=1.0, top_p=0.95, top_k=40)
 SPARE_BYTES = 2 << 30  # left to graphs, the compiler and the library's products
 
 
@@ -119,7 +123,7 @@ class Bench:
         self.flops_per_s = measuring.fp8_flops_per_s()
 
     def measure(self, inputs: DeviceInputs, shape: Shape) -> Iterator[dict[str, Any]]:
-        """One line for each stage of a step, then one for their sum."""
+        """One line for each stage of a step, one for their sum, one for the forward pass and one for sampling."""
         work = self.model.space.buffers(len(inputs.token_ids))
         layers, memory = self.weights.layers, self.kv.layers
         model, pdl = self.model, self.model.pdl
@@ -150,6 +154,21 @@ class Bench:
         yield self._line("sum of stages", shape, total, Work())
         milliseconds = measuring.graph_ms(lambda: model.logits(model.hidden(inputs, self.kv)))
         yield self._line("forward", shape, milliseconds, step(self.config, shape))
+        rows = len(inputs.logit_index)
+        logits_read = Work(4.0 * rows * self.config.vocab_size)
+        yield self._line("sampling", shape, measuring.graph_ms(self._sampling(rows)), logits_read)
+
+    def _sampling(self, num_rows: int) -> Callable[[], None]:
+        """Launches that draw from the logits as they lie there, with the released model's sampling values."""
+        vocab, device = self.config.vocab_size, torch.device("cuda")
+        work = sampling.SamplingWork.allocate(num_rows, vocab, device)
+        numbers = [row_numbers(SAMPLING, row, 0, vocab) for row in range(num_rows)]
+        state = torch.tensor(numbers, dtype=torch.int32, device=device)
+        rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+        positions, drawn = torch.zeros_like(rows), torch.zeros_like(rows)
+        tokens = torch.zeros(num_rows, 1, dtype=torch.int32, device=device)
+        logits = self.model.space.logits[:num_rows]
+        return lambda: sampling.launch(logits, rows, positions, state, work, tokens, drawn, vocab)
 
     def _line(self, name: str, shape: Shape, milliseconds: float, work: Work) -> dict[str, Any]:
         floor_ms = 1e3 * floor_s(work, self.bytes_per_s, self.flops_per_s)
