@@ -30,12 +30,15 @@ class Steps:
         self.lens = dict.fromkeys(self.blocks, 0)
 
     @torch.inference_mode()
-    def step(self, work: Mapping[int, Sequence[int]], padding: int = 0) -> dict[int, torch.Tensor]:
+    def step(
+        self, work: Mapping[int, Sequence[int]], padding: int = 0, through_pieces: bool = False
+    ) -> dict[int, torch.Tensor]:
         """Compute new tokens of some rows; logits [n, V] float32 of each row's new tokens, copied.
 
         Args:
             work: token ids by row.
-            padding: rows added to a decode step.
+            padding: rows added to a decode step, tokens to one with prompts.
+            through_pieces: call the pieces of a step with prompts from outside, as graphs are.
         """
         rows = sorted(work, key=lambda row: len(work[row]) > 1)
         ids: list[int] = []
@@ -53,11 +56,10 @@ class Steps:
         lens = tuple(len(work[row]) for row in rows)
         decodes = sum(length == 1 for length in lens)
         every = list(range(len(ids)))
-        if padding:
-            assert decodes == len(rows)
-            ids += [0] * padding
-            positions += [-1] * padding
-            slots += [-1] * padding
+        ids += [0] * padding
+        positions += [-1] * padding
+        slots += [-1] * padding
+        if decodes == len(rows):
             contexts += [0] * padding
             starts += range(len(rows) + 1, len(rows) + padding + 1)
             rows += [-1] * padding
@@ -71,7 +73,8 @@ class Steps:
             ints(ids), ints(positions), ints(slots, torch.int64), self.tables, ints(rows), ints(starts), ints(contexts),
             ints(every), decodes, max(lens), max(contexts), None if only_decodes else lens,
         )  # fmt: skip
-        hidden = self.model.hidden(inputs, self.kv)
+        piece = (lambda number: self.model.piece(number, inputs, self.kv)) if through_pieces else None
+        hidden = self.model.hidden(inputs, self.kv, piece)
         most = self.model.max_rows
         logits = torch.cat([self.model.logits(part).clone() for part in hidden.split(most)])  # type: ignore
         return {row: logits[begin : begin + length]
