@@ -79,7 +79,9 @@ def build_core(
         # Where steps are to be short, a second of Python in another thread must not fall into the first of them.
         on_progress("loading structured output", 0.0, "")
         grammar.prepare()
-    return EngineCore(executor, Scheduler(limits, eos_ids), info.plans_in_flight, grammar), info
+    core = EngineCore(executor, Scheduler(limits, eos_ids), info.plans_in_flight, grammar)
+    grammar.load_when_idle(lambda: core.has_work)
+    return core, info
 
 
 def build_grammar(

@@ -22,15 +22,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xgrammar
 
 from saddle.errors import EngineError, InvalidRequest, Overloaded
+from saddle.grammar.compiler import load_xgrammar
 from saddle.grammar.spec import to_compile
 from saddle.grammar.worker import NUM_THREADS, Trier, Vocabulary, message_of
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import GrammarSpec
 
 Bits = npt.NDArray[np.int32]
+xgrammar: Any = load_xgrammar()
 NO_TEXT = b"\xff"  # begins no UTF-8 character
 NUM_TRIERS = 2  # so that one slow grammar leaves a way for the others
 MAX_QUEUED = 64
@@ -90,19 +91,19 @@ class XGrammarBackend:
         self._calls_id = tokenizer.calls_id
         self._max_schema_bytes, self._max_cached_bytes = max_schema_bytes, max_cached_bytes
         vocabulary = Vocabulary(token_bytes(tokenizer, vocab_size), sorted(self._eos_ids))
+        self._limits = (vocabulary, max_compile_s, max_memory_bytes)
+        self._lock = threading.Lock()
+        self._triers: list[Trier] = []
+        self._of_thread = threading.local()
+        self._pool = ThreadPoolExecutor(NUM_TRIERS, "grammar")
+        self._pool.submit(self._trier)  # a process takes its time to start: before the first request, not in it
         self._info = xgrammar.TokenizerInfo(
             vocabulary.tokens, xgrammar.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=vocabulary.stops
         )
         self._compiler = xgrammar.GrammarCompiler(self._info, max_threads=NUM_THREADS, cache_enabled=False)
         self._make_masks(vocabulary)
-        self._lock = threading.Lock()
         self._kept: OrderedDict[str, Future[Compiled]] = OrderedDict()
         self._num_queued = 0
-        self._limits = (vocabulary, max_compile_s, max_memory_bytes)
-        self._triers: list[Trier] = []
-        self._of_thread = threading.local()
-        self._pool = ThreadPoolExecutor(NUM_TRIERS, "grammar")
-        self._pool.submit(self._trier)  # importing takes seconds: before the first request, not in it
 
     def _make_masks(self, vocabulary: Vocabulary) -> None:
         """Fixed masks, and the row that `fill` writes to."""

@@ -1,14 +1,15 @@
 """Structured output that gets ready in its own thread: loading the compiler must not delay the first token.
 
-The compiler takes a second or two to import and to learn the vocabulary, and most requests need none of it. So it is
-made when the first request with a grammar comes, or a while after the start, whichever is first; such a request waits
-for it, all others never do. An engine whose steps are shorter than that thread holds the interpreter's lock asks for
-it before it takes requests (`prepare`).
+The compiler takes a second to import and to learn the vocabulary, and most requests need none of it. So it is made
+when the first request with a grammar comes, or a while after the start when there is nothing else to do, whichever is
+first; such a request waits for it, all others never do. An engine whose steps are shorter than that thread holds the
+interpreter's lock asks for it before it takes requests (`prepare`).
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 from saddle.protocol import GrammarSpec
 
 PREPARE_AFTER_S = 5.0
+# How long to wait for quiet, and what counts as that: the pause between two requests of one client does not.
+BUSY_S, LOOK_EVERY_S, NUM_IDLE_LOOKS = 60.0, 0.5, 2
 
 
 class Backend(Protocol):
@@ -37,7 +40,12 @@ class DeferredBackend:
     Args:
         make: builds it; called at most once.
         after_s: seconds after which it is built although nobody asked for it.
+
+    Attributes:
+        is_busy: whether there is other work, which building would slow down; may be set later. Read by the thread.
     """
+
+    is_busy: Callable[[], bool] | None = None
 
     def __init__(self, make: Callable[[], Backend], after_s: float = PREPARE_AFTER_S) -> None:
         self._make, self._after_s = make, after_s
@@ -48,7 +56,8 @@ class DeferredBackend:
         self._thread.start()
 
     def _run(self) -> None:
-        self._wanted.wait(self._after_s)
+        if not self._wanted.wait(self._after_s):
+            self._wait_for_quiet()
         if self._closed:
             self._made.cancel()
             return
@@ -56,6 +65,14 @@ class DeferredBackend:
             self._made.set_result(self._make())
         except BaseException as error:  # whoever waits for it must hear of it
             self._made.set_exception(error)
+
+    def _wait_for_quiet(self) -> None:
+        """Wait until there was no other work for some looks, a request wants the backend, or it took too long."""
+        num_idle, end_s = 0, time.monotonic() + BUSY_S
+        while self.is_busy is not None and num_idle < NUM_IDLE_LOOKS and time.monotonic() < end_s:
+            if self._wanted.wait(LOOK_EVERY_S):
+                return
+            num_idle = 0 if self.is_busy() else num_idle + 1
 
     def prepare(self) -> None:
         """Build it now, and wait until it is there. What goes wrong is told to the requests that want it."""

@@ -7,6 +7,7 @@ structured output has it too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -40,6 +41,11 @@ class ThinkingBackend:
 
     def _bits(self, ids: int) -> bytes:
         return ids.to_bytes(self._num_bytes, "little")
+
+    def load_when_idle(self, is_busy: Callable[[], bool]) -> None:
+        """Load the compiler without being asked only where there is no other work. `is_busy` is called by a thread."""
+        if self._grammars is not None:
+            self._grammars.is_busy = is_busy
 
     def prepare(self) -> None:
         """Load the compiler now, and wait until it is there."""

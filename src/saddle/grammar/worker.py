@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from saddle.errors import EngineError, InvalidRequest
+from saddle.grammar.compiler import load_xgrammar
 
 START_S = 120.0
 NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -135,8 +136,7 @@ def run(pipe: Connection, vocabulary: Vocabulary, max_memory_bytes: int) -> None
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
-    import xgrammar
-
+    xgrammar = load_xgrammar(alone=True)
     info = xgrammar.TokenizerInfo(
         vocabulary.tokens, xgrammar.VocabType.RAW, vocab_size=len(vocabulary.tokens), stop_token_ids=vocabulary.stops
     )

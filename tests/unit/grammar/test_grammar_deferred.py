@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from saddle.errors import Overloaded
+from saddle.grammar import deferred
 from saddle.grammar import spec as build
 from saddle.grammar.deferred import DeferredBackend
 from saddle.protocol import GrammarSpec
@@ -137,3 +138,42 @@ def test_prepared_it_is_there_and_a_failure_waits_for_those_who_ask() -> None:
     with pytest.raises(ImportError):
         broken.compile(SPEC).result(WAIT_S)
     broken.close()
+
+
+def test_it_waits_for_a_quiet_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of another thread's work in the first answers would be seen; a short pause between them is not quiet."""
+    monkeypatch.setattr(deferred, "LOOK_EVERY_S", 0.01)
+    made: list[Made] = []
+    busy = iter([True] * 5 + [False] + [True] * 5 + [False] * 1000)
+    looks: list[bool] = []
+
+    def is_busy() -> bool:
+        assert not made
+        looks.append(next(busy))
+        return looks[-1]
+
+    backend = DeferredBackend(lambda: made.append(Made()) or made[-1], 0.05)  # type: ignore[func-returns-value]
+    backend.is_busy = is_busy
+    end = time.monotonic() + WAIT_S
+    while not made and time.monotonic() < end:
+        time.sleep(0.01)
+    assert made
+    assert looks == [True] * 5 + [False] + [True] * 5 + [False] * 2
+    backend.close()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_it_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    monkeypatch.setattr(deferred, "BUSY_S", NEVER_S if asks else 0.2)
+    monkeypatch.setattr(deferred, "LOOK_EVERY_S", 0.01)
+    made: list[Made] = []
+    backend = DeferredBackend(lambda: made.append(Made()) or made[-1], 0.01)  # type: ignore[func-returns-value]
+    backend.is_busy = lambda: True
+    time.sleep(0.1)
+    assert not made
+    if asks:
+        assert backend.compile(SPEC).result(WAIT_S) == ("state", SPEC.source)
+    else:
+        time.sleep(0.4)
+    assert made
+    backend.close()
