@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saddle.kernels.launching import enqueue
+from saddle.kernels.whole import next_power_of_2
 
 if TYPE_CHECKING:
     from saddle.kernels.quant import Activation
@@ -125,7 +126,7 @@ def _launch(
     num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
     enqueue(
         _norm_kernel, (count, 1, 1), x, parts, *strides, index, table, weight, eps, out, scales, width,
-        triton.next_power_of_2(width // GROUP), num_parts, embed, index is not None and not embed,
+        next_power_of_2(width // GROUP), num_parts, embed, index is not None and not embed,
         embed or (parts is not None and index is None), scales is not None, pdl,
         num_warps=NUM_WARPS if width > 1024 else 4, **options,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from saddle.kernels.tile_dot import (
     weight_tensors,
 )
 from saddle.kernels.tiles import Bf16Tiles, PackedMatrix
+from saddle.kernels.whole import cdiv
 
 # Up to here the weights are the rows of the product and all tokens one block of columns.
 MAX_FEW_TOKENS = 128
@@ -111,10 +112,10 @@ def few_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
 def many_block(num_tokens: int, w: PackedMatrix, target: Target) -> Block:
     """Tiles for more tokens; a program's rows of the weight are two products."""
     size = bucket(num_tokens)
-    tall = triton.cdiv(size, 256) * (w.num_rows // 128)
-    wide = triton.cdiv(size, 128) * (w.num_rows // 256)
+    tall = cdiv(size, 256) * (w.num_rows // 128)
+    wide = cdiv(size, 128) * (w.num_rows // 256)
     # Tall tiles load least a product, if they occupy nine tenths of the chip to the end.
-    if size > 256 and tall >= 0.9 * target.num_sms * triton.cdiv(tall, target.num_sms):
+    if size > 256 and tall >= 0.9 * target.num_sms * cdiv(tall, target.num_sms):
         block = Block(128, 256, 128, 3, 8)
     elif size > 256 and 0.7 * target.num_sms <= wide <= target.num_sms:
         block = Block(256, 128, 128, 4, 8)  # in one round: 72 us instead of 79 for 3072 x 6144 and 1,024 tokens
@@ -167,7 +168,7 @@ def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl:
         parts = 1 if out.dim() == 2 else out.shape[0]
         enqueue(_few_kernel, (w.num_rows // block.bn, parts, 1), *tensors, num_tokens, SPLIT=parts, **constants)
     else:
-        programs = triton.cdiv(num_tokens, block.bm) * (w.num_rows // block.bn)
+        programs = cdiv(num_tokens, block.bm) * (w.num_rows // block.bn)
         enqueue(_many_kernel, (programs, 1, 1), *tensors, num_tokens, BAND=BAND_BLOCKS, **constants)
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from saddle.kernels.row_state import FREQUENCY, PRESENCE, REPETITION, ROW_WIDTH
+from saddle.kernels.whole import cdiv
 
 CHUNK = 4096
 EDIT_WIDTH = tl.constexpr(6)  # numbers of a slot's edits, see `edit_rows`
@@ -47,7 +48,7 @@ def mask_rows(logits: torch.Tensor, slots: torch.Tensor, bits: torch.Tensor) -> 
         bits: [N, ceil(V / 32)] int32, little-endian.
     """
     vocab_size = logits.shape[1]
-    _mask_rows[(len(slots), triton.cdiv(vocab_size, CHUNK))](
+    _mask_rows[(len(slots), cdiv(vocab_size, CHUNK))](
         logits, logits.stride(0), slots, bits, bits.shape[1], vocab_size, CHUNK=CHUNK, num_warps=4
     )
 
@@ -112,7 +113,7 @@ def edit_rows(
         row_tokens: [num_rows, max_len] int32, the ids of all rows.
     """
     vocab_size = logits.shape[1]
-    _edit_rows[(len(edits), triton.cdiv(vocab_size, CHUNK))](
+    _edit_rows[(len(edits), cdiv(vocab_size, CHUNK))](
         logits, logits.stride(0), edits, positions, row_tokens, row_tokens.stride(0), vocab_size, CHUNK=CHUNK,
         ENTRIES=ENTRIES, num_warps=4,
     )  # fmt: skip
@@ -135,7 +136,7 @@ def mark_tokens(row_tokens: torch.Tensor, counts: torch.Tensor, num_prompt: int)
         counts: [V] int32, overwritten.
     """
     counts.zero_()
-    _mark_tokens[(triton.cdiv(len(row_tokens), MARK_BLOCK),)](
+    _mark_tokens[(cdiv(len(row_tokens), MARK_BLOCK),)](
         row_tokens, counts, num_prompt, len(row_tokens), MARK_BLOCK=MARK_BLOCK
     )
 
@@ -174,7 +175,7 @@ def penalise_rows(
         counts: [num_rows, V] int32.
     """
     vocab_size = logits.shape[1]
-    _penalise_rows[(len(slots), triton.cdiv(vocab_size, CHUNK))](
+    _penalise_rows[(len(slots), cdiv(vocab_size, CHUNK))](
         logits, logits.stride(0), slots, rows, state, counts, vocab_size, STATE_WIDTH=ROW_WIDTH, CHUNK=CHUNK,
         num_warps=4,
     )  # fmt: skip
@@ -197,6 +198,6 @@ def count_tokens(slots: torch.Tensor, rows: torch.Tensor, drawn: torch.Tensor, c
         slots: [N] int32, all different; rows, drawn: [S] int32, by slot.
         counts: [num_rows, V] int32.
     """
-    _count_tokens[(triton.cdiv(len(slots), 128),)](
+    _count_tokens[(cdiv(len(slots), 128),)](
         slots, rows, drawn, counts, counts.shape[1], len(slots), LANES=128, num_warps=4
     )

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from saddle.kernels.sampling import CHUNK, GROUP, WARPS, order_key
+from saddle.kernels.whole import cdiv, next_power_of_2
 
 MAX_TOP = 64  # their groups' logits, 2,048 numbers, are held at once
 
@@ -150,7 +151,7 @@ class LogprobWork:
 
     @staticmethod
     def allocate(max_entries: int, vocab_size: int, device: torch.device) -> LogprobWork:
-        chunks = triton.cdiv(vocab_size, CHUNK)
+        chunks = cdiv(vocab_size, CHUNK)
 
         def empty(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(max_entries, width, dtype=dtype, device=device)
@@ -198,14 +199,14 @@ def launch(
         raise ValueError(f"num_top must be at most {min(MAX_TOP, num_valid)}, got {num_top}")
     if count == 0:
         return
-    num_chunks = triton.cdiv(num_valid, CHUNK)
+    num_chunks = cdiv(num_valid, CHUNK)
     scanned = (logits, logits.stride(0), rows, tokens, work.group_max, work.chunk_max, work.chunk_sum, work.chunk_count)
     scan[(count, num_chunks)](
         *scanned, num_valid, NUM_CHUNKS=num_chunks, CHUNK=CHUNK, GROUP=GROUP, num_warps=WARPS
     )
     finish[(count,)](
         *scanned, work.groups, work.values, work.ids, out, num_valid, num_top, NUM_CHUNKS=num_chunks,
-        CHUNKS_PADDED=triton.next_power_of_2(num_chunks),
-        GROUPS_PADDED=max(MAX_TOP, triton.next_power_of_2(num_chunks * (CHUNK // GROUP))), CHUNK=CHUNK, GROUP=GROUP,
+        CHUNKS_PADDED=next_power_of_2(num_chunks),
+        GROUPS_PADDED=max(MAX_TOP, next_power_of_2(num_chunks * (CHUNK // GROUP))), CHUNK=CHUNK, GROUP=GROUP,
         MAX_TOP=MAX_TOP, num_warps=WARPS,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from saddle.kernels.decode_loop import attend, attend_fp8
 from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer
 from saddle.kernels.qk_rope import QUERY_SCALE
+from saddle.kernels.whole import next_power_of_2
 
 if TYPE_CHECKING:
     from saddle.kernels.quant import Activation
@@ -353,8 +354,8 @@ def plan_decode(context_lens: torch.Tensor, work: DecodeWork, num_rows: int, pdl
     enqueue(
         _plan_kernel, (1, 1, 1),
         context_lens, work.items, num_rows, 6 + 2 * _cut(num_rows), work.target_items, work.num_slots, kv_heads,
-        MIN_BLOCKS, ITEM_COST, triton.next_power_of_2(len(work.counters) // kv_heads), num_items,
-        triton.next_power_of_2(num_items), pdl, num_warps=4, **options,
+        MIN_BLOCKS, ITEM_COST, next_power_of_2(len(work.counters) // kv_heads), num_items,
+        next_power_of_2(num_items), pdl, num_warps=4, **options,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import begin, launch_options, quantised, release
+from saddle.kernels.whole import cdiv, next_power_of_2
 
 # Up to here the experts' kernels have the weights as the product's rows, see `experts`.
 MAX_FEW_TOKENS = 256
@@ -304,13 +305,13 @@ class Slicing:
 
 def slicing(num_tokens: int, width: int, num_experts: int) -> Slicing:
     """Programs for every multiprocessor, and no more partial sums than that takes. Found on an H100."""
-    padded = triton.next_power_of_2(num_experts)
+    padded = next_power_of_2(num_experts)
     if num_tokens <= 64:
         columns, be, bm, warps = 64, 64, 16, 4
     elif num_tokens <= MAX_FUSED_TOKENS:
         columns, be, bm, warps = 32, padded, 16, 4
     else:
-        blocks = triton.cdiv(triton.next_power_of_2(num_tokens), MANY_BLOCK)
+        blocks = cdiv(next_power_of_2(num_tokens), MANY_BLOCK)
         most = max(1, MANY_PROGRAMS // blocks)
         num = max(count for count in range(1, most + 1) if width % (64 * count) == 0)
         return Slicing(num, padded, MANY_BLOCK, 8)
@@ -351,7 +352,7 @@ class RouterWork:
         return {
             "ids": ((max_tokens * top_k,), torch.int32),
             "weights": ((max_tokens * top_k,), torch.float32),
-            "counts": ((triton.next_power_of_2(num_experts + 1),), torch.int32),
+            "counts": ((next_power_of_2(num_experts + 1),), torch.int32),
             "lists": ((num_experts, max_tokens), torch.int32),
             "units": ((max_units(max_tokens, num_experts, top_k, FEW_UNIT_TOKENS),), torch.int32),
             "logits": ((rows * num_experts,), torch.float32),
@@ -426,7 +427,7 @@ def route(
     cut = slicing(num_tokens, width, num_experts)
     # Several programs read a slice of x, one for each block of experts: they may not see it half changed.
     fused = num_tokens <= MAX_FUSED_TOKENS
-    x_out = work.x if fused and triton.next_power_of_2(num_experts) > cut.be else x
+    x_out = work.x if fused and next_power_of_2(num_experts) > cut.be else x
     if fused:
         _few_logits(x, parts, weight, gate, x_out, work, cut, target, pdl)
     else:
@@ -440,10 +441,10 @@ def _few_logits(
     work: RouterWork, cut: Slicing, target: Target, pdl: int,
 ) -> None:  # fmt: skip
     (num_tokens, width), num_experts = x.shape, work.num_experts
-    blocks = triton.next_power_of_2(num_experts) // cut.be
+    blocks = next_power_of_2(num_experts) // cut.be
     num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
     enqueue(
-        _few_logits_kernel, (cut.num, blocks, triton.cdiv(num_tokens, cut.bm)), x, parts, *strides, weight, gate, x_out,
+        _few_logits_kernel, (cut.num, blocks, cdiv(num_tokens, cut.bm)), x, parts, *strides, weight, gate, x_out,
         work.logits, work.squares, work.counts, num_tokens,
         NUM_PARTS=num_parts, WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num, BE=cut.be, BM=cut.bm,
         COUNTERS=len(work.counts), PRECISION="tf32x3" if target.is_cuda else "ieee", PDL=pdl,
@@ -456,13 +457,13 @@ def _many_logits(
 ) -> None:
     (num_tokens, width), num_experts = x.shape, work.num_experts
     enqueue(
-        _gate_parts_kernel, (triton.cdiv(gate.numel(), GATE_BLOCK), 1, 1),
+        _gate_parts_kernel, (cdiv(gate.numel(), GATE_BLOCK), 1, 1),
         weight, gate, work.gate_parts, work.counts, SIZE=gate.numel(), EXPERTS=num_experts, BLOCK=GATE_BLOCK,
         COUNTERS=len(work.counts), PDL=pdl, **launch_options(4, pdl),
     )  # fmt: skip
     stages = 3 if target.shared_bytes > 200 * 1024 else 1  # 56 KB each, and the parts of x
     enqueue(
-        _many_logits_kernel, (cut.num, triton.cdiv(num_tokens, cut.bm), 1), x, work.gate_parts, work.logits,
+        _many_logits_kernel, (cut.num, cdiv(num_tokens, cut.bm), 1), x, work.gate_parts, work.logits,
         work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=cut.be,
         SLICE=width // cut.num, BM=cut.bm, BK=32, STAGES=stages, PDL=pdl, **launch_options(cut.warps, pdl),
     )  # fmt: skip
@@ -475,13 +476,13 @@ def _select(
 ) -> None:  # fmt: skip
     (num_tokens, width), num_experts, top_k = x.shape, work.num_experts, work.top_k
     few, unit = num_tokens <= MAX_FEW_TOKENS, unit_tokens(num_tokens)
-    padded, slices = triton.next_power_of_2(num_experts), triton.next_power_of_2(cut.num)
+    padded, slices = next_power_of_2(num_experts), next_power_of_2(cut.num)
     enqueue(
         _select_kernel, (num_tokens, 2 if num_tokens <= MAX_FUSED_TOKENS else 1, 1),
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
         work.counts, work.lists, work.units, h.data, h.data if h.scale is None else h.scale, num_tokens,
-        work.lists.shape[1], WIDTH=width, GROUPS=triton.next_power_of_2(width // 128), EXPERTS=num_experts,
-        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=triton.next_power_of_2(top_k), SLICES=cut.num,
+        work.lists.shape[1], WIDTH=width, GROUPS=next_power_of_2(width // 128), EXPERTS=num_experts,
+        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=next_power_of_2(top_k), SLICES=cut.num,
         SLICES_PADDED=slices, ROWS=min(8, slices), UNIT=unit, UNIFORM=uniform, COPY=x_out is not x,
         LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, **launch_options(4, pdl),
     )  # fmt: skip

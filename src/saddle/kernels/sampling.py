@@ -32,6 +32,7 @@ import triton.language as tl
 from saddle.kernels.gumbel import gumbel, mix32
 from saddle.kernels.launching import enqueue
 from saddle.kernels.row_state import KEY_FIRST, KEY_SECOND, MIN_P, ROW_WIDTH, TEMPERATURE, TOP_K, TOP_P
+from saddle.kernels.whole import cdiv, next_power_of_2
 
 CHUNK = 4096  # logits a program of `scan` reads, and that a search through a whole row holds at once
 GROUP = 32  # 128 bytes: a candidate group is one full memory access
@@ -413,7 +414,7 @@ class SamplingWork:
 
     @staticmethod
     def allocate(max_rows: int, vocab_size: int, device: torch.device) -> SamplingWork:
-        chunks = triton.cdiv(vocab_size, CHUNK)
+        chunks = cdiv(vocab_size, CHUNK)
 
         def empty(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(max_rows, width, dtype=dtype, device=device)
@@ -455,7 +456,7 @@ def launch(
     num_slots = len(sample_rows)
     if num_slots == 0:
         return
-    num_chunks = triton.cdiv(num_valid, CHUNK)
+    num_chunks = cdiv(num_valid, CHUNK)
     enqueue(
         scan, (num_slots, num_chunks, 1),
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
@@ -466,8 +467,8 @@ def launch(
         choose, (num_slots, 1, 1),
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
         work.chunk_best, work.chunk_id, work.groups, work.values, work.ids, token_ids, token_ids.stride(0), out,
-        num_valid, NUM_CHUNKS=num_chunks, CHUNKS_PADDED=triton.next_power_of_2(num_chunks),
-        GROUPS_PADDED=triton.next_power_of_2(num_chunks * (CHUNK // GROUP)), CHUNK=CHUNK, GROUP=GROUP,
+        num_valid, NUM_CHUNKS=num_chunks, CHUNKS_PADDED=next_power_of_2(num_chunks),
+        GROUPS_PADDED=next_power_of_2(num_chunks * (CHUNK // GROUP)), CHUNK=CHUNK, GROUP=GROUP,
         FEW_GROUPS=FEW_GROUPS, MANY_GROUPS=MANY_GROUPS, CANDIDATES=CANDIDATES, ROUND=ROUND, STRIP=STRIP,
         STATE_WIDTH=ROW_WIDTH, num_warps=WARPS,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from saddle.kernels.launching import enqueue
 from saddle.kernels.row_state import NUM_COMPUTED, ROW_WIDTH
+from saddle.kernels.whole import cdiv, next_power_of_2
 
 TOKEN_BLOCK = 1024  # tokens a program of `token_inputs` writes
 COPY_BLOCK = 256  # block ids that `row_inputs` copies at a time
@@ -74,7 +75,7 @@ def launch_decode(
         decode_inputs, (1, 1, 1),
         row_ids, new_blocks, state, row_tokens, row_tokens.stride(0), block_tables, block_tables.stride(0), token_ids,
         positions, slots, context_lens, num_rows, BLOCK_SIZE=block_size, STATE_WIDTH=ROW_WIDTH,
-        LANES=triton.next_power_of_2(num_rows), num_warps=4,
+        LANES=next_power_of_2(num_rows), num_warps=4,
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def launch_rows(
         sample_positions, num_rows, STATE_WIDTH=ROW_WIDTH, WORK_WIDTH=WORK_WIDTH, COPY_BLOCK=COPY_BLOCK, num_warps=1,
     )  # fmt: skip
     enqueue(
-        token_inputs, (num_rows + 1, triton.cdiv(longest, TOKEN_BLOCK), 1),
+        token_inputs, (num_rows + 1, cdiv(longest, TOKEN_BLOCK), 1),
         row_ids, query_starts, context_lens, row_tokens, row_tokens.stride(0), block_tables, block_tables.stride(0),
         token_ids, positions, slots, num_rows, len(token_ids), BLOCK_SIZE=block_size, TOKEN_BLOCK=TOKEN_BLOCK,
         num_warps=4,

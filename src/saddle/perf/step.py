@@ -135,7 +135,10 @@ class Driver:
         return event
 
     def _between(self, first: Any, second: Any) -> float:
-        return float(first.elapsed_time(second)) if self.on_gpu else 1e3 * (second - first)
+        if not self.on_gpu:
+            return 1e3 * float(second - first)
+        second.synchronize()
+        return float(first.elapsed_time(second))
 
     # points ------------------------------------------------------------------------------------------------------
 
