@@ -129,7 +129,7 @@ class Tokenizer:
         """Text of ids, decoded as a whole; bytes that are no UTF-8 become U+FFFD."""
         if skip_special_tokens:
             ids = [i for i in ids if i not in self.special_ids]
-        return str(self._inner.decode(ids, skip_special_tokens=False))
+        return str(self._inner.decode_batch([ids], skip_special_tokens=False)[0])  # without the lock, as `encode`
 
     def token_text(self, token_id: int) -> str:
         """Text of one token alone, empty for an id that is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -108,7 +109,7 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         facts = service.facts()
         body = await read(request, TokenizeBody)
         facts.check_model(body.model)
-        ids = await service.count(_prompt(body))
+        ids = await service.count(_prompt(body, service.config.default_chat_template_kwargs))
         strings = await service.apart(service.tokenizer.token_texts, ids) if body.return_token_strs else None
         return JSONReply({"count": len(ids), "max_model_len": facts.max_model_len, "tokens": ids,
                           "token_strs": strings})  # fmt: skip
@@ -122,7 +123,7 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         return JSONReply({"prompt": await service.apart(service.tokenizer.decode, body.tokens, False)})
 
 
-def _prompt(body: TokenizeBody) -> ChatPrompt | TextPrompt:
+def _prompt(body: TokenizeBody, defaults: Mapping[str, Any]) -> ChatPrompt | TextPrompt:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("Give either prompt or messages.", param="prompt" if body.prompt is None else "messages")
     if body.messages is None:
@@ -132,5 +133,5 @@ def _prompt(body: TokenizeBody) -> ChatPrompt | TextPrompt:
         tools=body.tools,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
-        template_kwargs=body.chat_template_kwargs or {},
+        template_kwargs={**defaults, **(body.chat_template_kwargs or {})},
     )

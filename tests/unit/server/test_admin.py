@@ -6,6 +6,7 @@ import json
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from saddle.config import ServerConfig
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats
 from saddle.version import VERSION
@@ -53,6 +54,19 @@ async def test_tokenize_and_back(tokenizer: Tokenizer) -> None:
     assert back == {"prompt": "Grüße, 世界"}
     assert chat["tokens"] == request.prompt_ids, "the same rendering as for generation"
     assert chat["token_strs"] is None
+
+
+async def test_tokens_are_those_of_the_servers_own_template_variables(tokenizer: Tokenizer) -> None:
+    config = ServerConfig(host="127.0.0.1", port=0, access_log=False,
+                          default_chat_template_kwargs={"model_identity": "You are a lamp."})  # fmt: skip
+    async with running(tokenizer, words(tokenizer, "x"), config) as server:
+        _, chat = await server.post("/tokenize", HI)
+        _, other = await server.post("/tokenize", {**HI, "chat_template_kwargs": {"model_identity": "A tree."}})
+        await server.post(CHAT, HI)
+        (request,) = server.client.requests
+    assert "You are a lamp." in tokenizer.decode(chat["tokens"])
+    assert "A tree." in tokenizer.decode(other["tokens"])
+    assert chat["tokens"] == request.prompt_ids
 
 
 async def test_metrics_after_a_request(tokenizer: Tokenizer) -> None:
