@@ -178,7 +178,7 @@ class Scheduler:
         draft = Draft(self._next_step, self.limits.max_num_batched_tokens)
         prompts = self._plan_decodes(draft)
         if prompts or self._waiting:
-            draft.room_s = self._pacer.room_s(draft.work)
+            draft.room_s, draft.budget = self._pacer.room(draft.work, draft.budget)
             self._plan_prompts(draft, prompts)
         self._next_step += 1
         flight = draft.seal()
