@@ -184,7 +184,7 @@ class CompileConfig:
             sizes.append(min(last + step, most))
         return tuple(sizes)
 
-    def decisions(self, max_num_seqs: int) -> list[Decision]:
+    def decisions(self, max_num_seqs: int, max_num_batched_tokens: int) -> list[Decision]:
         """What was decided here and why, for the lines printed at start."""
         if self.enforce_eager:
             why = "--enforce-eager"
@@ -198,6 +198,9 @@ class CompileConfig:
             sizes = self.capture_sizes(max_num_seqs)
             found.append(Decision("cudagraph_capture_sizes", " ".join(map(str, sizes)),
                                   "as given" if given else "steps that waste under 10 %"))  # fmt: skip
+            pieces = self.piece_sizes(max_num_batched_tokens)
+            found.append(Decision("graphs of steps with prompts", " ".join(map(str, pieces)) or "none",
+                                  "tokens, between attention calls"))  # fmt: skip
         fused = "pass_config" in self.compilation_config or self.mode == 0
         found.append(Decision("fuse_minimax_qk_norm", self.fuses_qk_norm,
                               "--compilation-config" if fused else "the default"))  # fmt: skip

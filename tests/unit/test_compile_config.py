@@ -54,12 +54,13 @@ def test_pieces_of_steps_with_prompts() -> None:
 
 
 def test_start_says_what_was_decided() -> None:
-    assert [str(line) for line in CompileConfig(enforce_eager=True).decisions(4)] == [
+    assert [str(line) for line in CompileConfig(enforce_eager=True).decisions(4, 40)] == [
         "graphs = off (--enforce-eager)", "fuse_minimax_qk_norm = True (the default)",
     ]  # fmt: skip
-    lines = [str(line) for line in compiled(mode=3, backend="inductor", pass_config={}).decisions(4)]
+    lines = [str(line) for line in compiled(mode=3, backend="inductor", pass_config={}).decisions(4, 40)]
     assert lines == [
         "graphs = on (--compilation-config)", "cudagraph_capture_sizes = 1 2 4 (steps that waste under 10 %)",
+        "graphs of steps with prompts = 16 32 (tokens, between attention calls)",
         "fuse_minimax_qk_norm = True (--compilation-config)",
         "compilation_config = backend (no effect: Saddle compiles its own kernels in one way)",
     ]  # fmt: skip

@@ -111,9 +111,10 @@ class FusedPath:
         self.weight_bytes = self._weights.num_bytes
         self.bytes_per_token = KVMemory.bytes_per_token(shape, self._kind)
         sizes = config.sizes("cuda")
-        self.step_bytes = self._count_step_bytes(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.block_size)
+        most_rows, most_tokens = sizes.max_num_seqs, sizes.max_num_batched_tokens
+        self.step_bytes = self._count_step_bytes(most_rows, most_tokens, sizes.block_size)
         self.lines = [line, *target.decisions(), tiles_line, *kinds.lines,
-                      *map(str, config.compile.decisions(sizes.max_num_seqs))]  # fmt: skip
+                      *map(str, config.compile.decisions(most_rows, most_tokens))]  # fmt: skip
         self.compile_watch = CompileWatch()
         self.num_launches = 0  # graphs of the last step; an eager half counts as one
         self.piece_size = 0  # tokens of the last step's pieces, padding included; 0: it had no such graphs
