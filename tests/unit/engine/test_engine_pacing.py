@@ -206,7 +206,7 @@ def test_tokens_are_never_free() -> None:
     for _ in range(8):
         pacer.observe(plan(prompt(2048)), 0.03)
     assert 0.001 < pacer.cost_s(2048, 0) < pacer.predict_s([prompt(2048)])
-    assert pacer.predict_s([prompt(2048)]) == pytest.approx(0.03, rel=0.2)
+    assert pacer.predict_s([prompt(2048)]) == pytest.approx(0.03, rel=0.35)
 
 
 def test_a_device_that_becomes_slower_or_faster_is_followed() -> None:
