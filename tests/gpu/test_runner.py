@@ -423,21 +423,23 @@ def test_the_engine_over_the_gpu(tasks: list[Task]) -> None:
     """Requests come in while others run, with a plan in flight and too little memory for all: some are preempted,
     come back, and all get their answers. So they do again, from the prefix cache."""
     config = replace(
-        CONFIG, cache=CacheConfig(kv_cache_memory_bytes=13 << 20),
+        CONFIG, cache=CacheConfig(kv_cache_memory_bytes=5 << 20),
         scheduler=SchedulerConfig(max_model_len=768, max_num_seqs=20, max_num_batched_tokens=512),
     )  # fmt: skip
     core, info = build_core(config, FOLDER, lambda phase, share, note: None)
     assert info.plans_in_flight == 1
+    # Three each of those that grow most, which share no blocks: they all begin, and cannot all end.
+    order = sorted(tasks, key=lambda task: -len(task.answer))
+    asked = [*order[:2] * 3, *order[2:]]
 
-    def run() -> scenarios.Answers:
-        found: scenarios.Answers = {number: [] for number in range(len(tasks))}
-        waiting = list(found)
+    def run(waiting: list[int]) -> scenarios.Answers:
+        found: scenarios.Answers = {number: [] for number in waiting}
         while waiting or core.has_work:
             if waiting:
                 number = waiting.pop(0)
-                params = SamplingParams(temperature=0.0, max_tokens=len(tasks[number].answer), ignore_eos=True)
-                core.submit(TokenRequest(request_id=str(number), prompt_ids=tasks[number].prompt, params=params,
-                                         arrival_s=0.0))  # fmt: skip
+                params = SamplingParams(temperature=0.0, max_tokens=len(asked[number].answer), ignore_eos=True)
+                core.submit(TokenRequest(request_id=str(number), prompt_ids=asked[number].prompt, params=params,
+                                         arrival_s=0.0, cache_salt=str(number)))  # fmt: skip
                 assert isinstance(core.answers()[0], Accepted)
             for delta in core.step():
                 assert delta.error is None
@@ -445,9 +447,10 @@ def test_the_engine_over_the_gpu(tasks: list[Task]) -> None:
         core.check()
         return found
 
-    assert wrong(run(), tasks) == {}
+    numbers = list(range(len(asked)))
+    assert wrong(run(numbers), asked) == {}
     assert core.stats.num_preemptions > 0 and core.stats.device_s > 0
     before = core.stats.num_cache_hits
-    assert wrong(run(), tasks) == {}
+    assert wrong(run(numbers[::-1]), asked) == {}  # the last ones are still in the cache
     assert core.stats.num_cache_hits > before
     core.stop()

@@ -8,6 +8,8 @@ to its compiled kernel directly; a combination that is new goes through Triton, 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,18 @@ I32_LIMIT = 1 << 31
 _Compiled = tuple[Any, Any, Any, tuple[Any, ...]]  # how it is run, its handle, what goes with it, its constants
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 _num_inputs: dict[int, int] = {}  # by id of a kernel: these live as long as their modules
+_only_compiles = False
+
+
+@contextlib.contextmanager
+def compiling_only() -> Iterator[None]:
+    """Launches through `enqueue` compile their kernel and do not run it."""
+    global _only_compiles
+    _only_compiles = True
+    try:
+        yield
+    finally:
+        _only_compiles = False
 
 
 def enqueue(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
@@ -29,6 +43,9 @@ def enqueue(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: An
         args: in order, the first a tensor; constants may follow the others.
         constants: further ones by name, and options (`num_warps`, `launch_pdl`, ..).
     """
+    if _only_compiles:
+        kernel.warmup(*args, grid=grid, **constants)
+        return
     device = args[0].get_device()
     if device < 0:  # interpreted, or compiled without a GPU
         kernel[grid](*args, **constants)

@@ -9,7 +9,6 @@ takes time is compiling, so all candidates are compiled side by side first, wher
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -25,13 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
-from triton.runtime.jit import JITFunction
 
 from saddle.kernels import experts, linear, quant, router, tiles
+from saddle.kernels.launching import compiling_only
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import Block, block_key, bucket, fit, takes_fp8
@@ -124,25 +122,10 @@ def compile_all(work: list[Case], target: Target) -> None:
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None or "ignore_errors" not in inspect.signature(mode).parameters:
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool, _compiling_only(), mode(pool, ignore_errors=True):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, compiling_only(), mode(pool, ignore_errors=True):
         for case in work:
             for block in case.fitting(target):
                 case.run(block)
-
-
-@contextlib.contextmanager
-def _compiling_only() -> Iterator[None]:
-    """Launches compile and do not run."""
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
-        return run(self, *args, **{**options, "warmup": True})
-
-    JITFunction.run = compile_only
-    try:
-        yield
-    finally:
-        JITFunction.run = run
 
 
 def tune(work: list[Case], target: Target, clock: Clock) -> dict[str, list[int]]:
