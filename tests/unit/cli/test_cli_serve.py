@@ -204,6 +204,15 @@ def test_engine_fields(argv: list[str], section: str, field: str, value: Any) ->
     assert getattr(getattr(configs("m", *argv)[0], section), field) == value
 
 
+@pytest.mark.parametrize("flag", ["--reasoning-parser", "--tool-call-parser"])
+def test_an_unknown_parser_is_told_the_known_ones(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        configs("m", flag, "deepseek")
+    said = capsys.readouterr().err
+    assert f"{flag}: unknown parser 'deepseek'; known are " in said
+    assert all(name in said for name in ("minimax_m2", "minimax-m2", "minimax"))
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
     (["--block-size", "24"], "--block-size must be 8, 16, 32, 64 or 128, got 24"),
