@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 GREATEST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
@@ -106,20 +107,22 @@ def check_pattern(pattern: str, path: tuple[str, ...]) -> None:
         raise Unsupported("a pattern cannot spell out quotes, backslashes or control characters", path)
 
 
-def _outside_classes(pattern: str) -> str:
-    """A pattern without its character classes and escaped brackets. In one pass: patterns come from anybody."""
-    parts: list[str] = []
+def _parts(pattern: str) -> Iterator[tuple[str, bool]]:
+    """(character or escape, whether it stands in a class); the bracket that begins a class does not, its end does.
+
+    In one pass: patterns come from anybody.
+    """
     index, in_class = 0, False
     while index < len(pattern):
         part = pattern[index : index + 2] if pattern[index] == "\\" else pattern[index]
         index += len(part)
-        if in_class:
-            in_class = part != "]"
-        elif part == "[":
-            in_class = True
-        elif part not in ("\\[", "\\]"):
-            parts.append(part)
-    return "".join(parts)
+        yield part, in_class
+        in_class = part != "]" if in_class else part == "["
+
+
+def _outside_classes(pattern: str) -> str:
+    """A pattern without its character classes and escaped brackets."""
+    return "".join(part for part, in_class in _parts(pattern) if not in_class and part not in ("[", "\\[", "\\]"))
 
 
 def narrow_pattern(pattern: str) -> str:
@@ -130,17 +133,11 @@ def narrow_pattern(pattern: str) -> str:
     """
     wide = {".": "[^<\\n\\r]", "\\S": "[^\\s<]", "\\D": "[^\\d<]", "\\W": "[^\\w<]"}
     parts: list[str] = []
-    index, in_class = 0, False
-    while index < len(pattern):
-        part = pattern[index : index + 2] if pattern[index] == "\\" else pattern[index]
-        index += len(part)
+    begins = False  # whether the part before began a class
+    for part, in_class in _parts(pattern):
         if in_class:
-            in_class = part != "]"
-        elif part == "[":
-            in_class = True
-            if pattern.startswith("^", index):
-                part, index = "[^<", index + 1
+            parts.append("^<" if begins and part == "^" else part)
         else:
-            part = wide.get(part, part)
-        parts.append(part)
+            parts.append(wide.get(part, part))
+        begins = part == "[" and not in_class
     return "".join(parts)
