@@ -39,6 +39,18 @@ class Prompt:
     output_len: int
 
 
+def check_least(flag: str, value: int, least: int) -> None:
+    """Raises StartupError below `least`."""
+    if value < least:
+        raise StartupError(f"{flag} must be {least} or more, got {value}.")
+
+
+def check_range_ratio(ratio: float) -> None:
+    """Raises StartupError where lengths of [len * (1 - ratio), len * (1 + ratio)] would make no sense."""
+    if not 0 <= ratio < 1:
+        raise StartupError(f"--random-range-ratio must be at least 0 and below 1, got {ratio}.")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomSpec:
     """The dataset "random". Lengths are drawn uniformly from [len * (1 - ratio), len * (1 + ratio)]."""
@@ -55,10 +67,8 @@ class RandomSpec:
             ("--num-prompts", self.num_prompts, 1), ("--random-input-len", self.input_len, 1),
             ("--random-output-len", self.output_len, 1), ("--random-prefix-len", self.prefix_len, 0),
         ):  # fmt: skip
-            if value < least:
-                raise StartupError(f"{flag} must be {least} or more, got {value}.")
-        if not 0 <= self.range_ratio < 1:
-            raise StartupError(f"--random-range-ratio must be at least 0 and below 1, got {self.range_ratio}.")
+            check_least(flag, value, least)
+        check_range_ratio(self.range_ratio)
 
 
 class Codec(Protocol):

@@ -19,6 +19,7 @@ from typing import Any
 from saddle import launch
 from saddle.config import EngineConfig
 from saddle.engine.core import EngineCore
+from saddle.bench.workload import check_least, check_range_ratio
 from saddle.errors import EngineError, StartupError
 from saddle.executor.base import ProgressFn
 from saddle.model.source import resolve_model
@@ -43,7 +44,7 @@ class LatencySpec:
     def __post_init__(self) -> None:
         least = {"num_iters_warmup": 0}
         for name in ("input_len", "output_len", "batch_size", "n", "num_iters_warmup", "num_iters"):
-            _at_least(name, getattr(self, name), least.get(name, 1))
+            check_least(_flag(name), getattr(self, name), least.get(name, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +61,9 @@ class ThroughputSpec:
 
     def __post_init__(self) -> None:
         for name in ("input_len", "output_len", "num_prompts", "n"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("random_prefix_len", self.prefix_len, 0)
-        if not 0 <= self.range_ratio < 1:
-            raise StartupError(f"--random-range-ratio must be at least 0 and below 1, got {self.range_ratio}.")
+            check_least(_flag(name), getattr(self, name), 1)
+        check_least("--random-prefix-len", self.prefix_len, 0)
+        check_range_ratio(self.range_ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,8 @@ class Job:
     output_len: int
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise StartupError(f"--{name.replace('_', '-')} must be {least} or more, got {value}.")
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 class Engine:
