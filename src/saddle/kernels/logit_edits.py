@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels.launching import enqueue
 from saddle.kernels.row_state import FREQUENCY, PRESENCE, REPETITION, ROW_WIDTH
 from saddle.kernels.whole import cdiv
 
@@ -48,9 +49,9 @@ def mask_rows(logits: torch.Tensor, slots: torch.Tensor, bits: torch.Tensor) -> 
         bits: [N, ceil(V / 32)] int32, little-endian.
     """
     vocab_size = logits.shape[1]
-    _mask_rows[(len(slots), cdiv(vocab_size, CHUNK))](
-        logits, logits.stride(0), slots, bits, bits.shape[1], vocab_size, CHUNK=CHUNK, num_warps=4
-    )
+    grid = len(slots), cdiv(vocab_size, CHUNK), 1
+    enqueue(_mask_rows, grid, logits, logits.stride(0), slots, bits, bits.shape[1], vocab_size, CHUNK=CHUNK,
+            num_warps=4)  # fmt: skip
 
 
 @triton.jit
@@ -113,10 +114,9 @@ def edit_rows(
         row_tokens: [num_rows, max_len] int32, the ids of all rows.
     """
     vocab_size = logits.shape[1]
-    _edit_rows[(len(edits), cdiv(vocab_size, CHUNK))](
-        logits, logits.stride(0), edits, positions, row_tokens, row_tokens.stride(0), vocab_size, CHUNK=CHUNK,
-        ENTRIES=ENTRIES, num_warps=4,
-    )  # fmt: skip
+    grid = len(edits), cdiv(vocab_size, CHUNK), 1
+    enqueue(_edit_rows, grid, logits, logits.stride(0), edits, positions, row_tokens, row_tokens.stride(0), vocab_size,
+            CHUNK=CHUNK, ENTRIES=ENTRIES, num_warps=4)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_prompt", "num_tokens"], do_not_specialize_on_alignment=["row_tokens", "counts"])
@@ -136,9 +136,8 @@ def mark_tokens(row_tokens: torch.Tensor, counts: torch.Tensor, num_prompt: int)
         counts: [V] int32, overwritten.
     """
     counts.zero_()
-    _mark_tokens[(cdiv(len(row_tokens), MARK_BLOCK),)](
-        row_tokens, counts, num_prompt, len(row_tokens), MARK_BLOCK=MARK_BLOCK
-    )
+    grid = cdiv(len(row_tokens), MARK_BLOCK), 1, 1
+    enqueue(_mark_tokens, grid, row_tokens, counts, num_prompt, len(row_tokens), MARK_BLOCK=MARK_BLOCK)
 
 
 @triton.jit
@@ -175,10 +174,9 @@ def penalise_rows(
         counts: [num_rows, V] int32.
     """
     vocab_size = logits.shape[1]
-    _penalise_rows[(len(slots), cdiv(vocab_size, CHUNK))](
-        logits, logits.stride(0), slots, rows, state, counts, vocab_size, STATE_WIDTH=ROW_WIDTH, CHUNK=CHUNK,
-        num_warps=4,
-    )  # fmt: skip
+    grid = len(slots), cdiv(vocab_size, CHUNK), 1
+    enqueue(_penalise_rows, grid, logits, logits.stride(0), slots, rows, state, counts, vocab_size,
+            STATE_WIDTH=ROW_WIDTH, CHUNK=CHUNK, num_warps=4)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -198,6 +196,5 @@ def count_tokens(slots: torch.Tensor, rows: torch.Tensor, drawn: torch.Tensor, c
         slots: [N] int32, all different; rows, drawn: [S] int32, by slot.
         counts: [num_rows, V] int32.
     """
-    _count_tokens[(cdiv(len(slots), 128),)](
-        slots, rows, drawn, counts, counts.shape[1], len(slots), LANES=128, num_warps=4
-    )
+    grid = cdiv(len(slots), 128), 1, 1
+    enqueue(_count_tokens, grid, slots, rows, drawn, counts, counts.shape[1], len(slots), LANES=128, num_warps=4)

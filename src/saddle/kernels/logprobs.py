@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels.launching import enqueue
 from saddle.kernels.sampling import CHUNK, GROUP, WARPS, order_key
 from saddle.kernels.whole import cdiv, next_power_of_2
 
@@ -201,12 +202,13 @@ def launch(
         return
     num_chunks = cdiv(num_valid, CHUNK)
     scanned = (logits, logits.stride(0), rows, tokens, work.group_max, work.chunk_max, work.chunk_sum, work.chunk_count)
-    scan[(count, num_chunks)](
-        *scanned, num_valid, NUM_CHUNKS=num_chunks, CHUNK=CHUNK, GROUP=GROUP, num_warps=WARPS
-    )
-    finish[(count,)](
-        *scanned, work.groups, work.values, work.ids, out, num_valid, num_top, NUM_CHUNKS=num_chunks,
-        CHUNKS_PADDED=next_power_of_2(num_chunks),
+    enqueue(
+        scan, (count, num_chunks, 1), *scanned, num_valid, NUM_CHUNKS=num_chunks, CHUNK=CHUNK, GROUP=GROUP,
+        num_warps=WARPS,
+    )  # fmt: skip
+    enqueue(
+        finish, (count, 1, 1), *scanned, work.groups, work.values, work.ids, out, num_valid, num_top,
+        NUM_CHUNKS=num_chunks, CHUNKS_PADDED=next_power_of_2(num_chunks),
         GROUPS_PADDED=max(MAX_TOP, next_power_of_2(num_chunks * (CHUNK // GROUP))), CHUNK=CHUNK, GROUP=GROUP,
         MAX_TOP=MAX_TOP, num_warps=WARPS,
     )  # fmt: skip
