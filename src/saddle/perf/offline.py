@@ -17,9 +17,9 @@ from statistics import fmean
 from typing import Any
 
 from saddle import launch
+from saddle.bench.workload import check_least, check_range_ratio
 from saddle.config import EngineConfig
 from saddle.engine.core import EngineCore
-from saddle.bench.workload import check_least, check_range_ratio
 from saddle.errors import EngineError, StartupError
 from saddle.executor.base import ProgressFn
 from saddle.model.source import resolve_model
