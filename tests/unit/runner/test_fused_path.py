@@ -295,6 +295,28 @@ def test_masks_logprobs_bias_and_penalties(plans: Plans) -> None:
 
 
 @in_interpreter
+def test_logprobs_of_edited_rows_are_those_of_the_model(plans: Plans) -> None:
+    """Edited rows come first and last, and ask for more of the best ids, or for all of a thousand."""
+    prompts = [prompt_of(12, 20 + row, VOCAB) for row in range(4)]
+    params = [SamplingParams(temperature=0.0, logit_bias={5: 99.0}, logprobs=4), SamplingParams(logprobs=0),
+              SamplingParams(temperature=0.0, logprobs=1), SamplingParams(temperature=0.0, logprobs=1000)]  # fmt: skip
+    for count in (3, 4):  # by kernels, and by torch
+        admits = [plans.admit(row, prompts[row], params[row]) for row in range(count)]
+        plan = plans.plan(admits, [plans.work(row, 12) for row in range(count)], masked=[2])
+        result = plans.run(plan, StepMask(plan.step_id, [2], [(1 << 77).to_bytes(VOCAB // 8, "little")]))
+        for row, sample in enumerate(result.samples):
+            raw = logits_of(prompts[row][-1], 11)
+            wanted, [entry] = raw.log_softmax(-1), sample.logprobs or []
+            token_id = sample.token_ids[0]
+            assert entry.token_id == token_id and token_id == {0: 5, 2: 77}.get(row, token_id)
+            assert entry.logprob == pytest.approx(float(wanted[token_id]), abs=1e-5)
+            assert entry.rank == int((raw >= raw[token_id]).sum())
+            best = raw.topk(params[row].logprobs or 0).indices.tolist()
+            assert [top_id for top_id, _ in entry.top] == best
+        plans.release(*range(count))
+
+
+@in_interpreter
 @pytest.mark.parametrize("chunks", [[20], [7, 12, 1]])
 def test_prompt_logprobs_where_more_logits_than_rows_are_needed(plans: Plans, chunks: list[int]) -> None:
     prompt = prompt_of(20, 7, VOCAB)
