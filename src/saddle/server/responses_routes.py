@@ -23,7 +23,7 @@ from saddle.server.responses import AskedResponse
 from saddle.server.responses_background import Follow, Run, offset_after
 from saddle.server.responses_items import Item, Seal
 from saddle.server.responses_logprobs import AnswerLogprobs
-from saddle.server.responses_store import ResponseStore, Stored
+from saddle.server.responses_store import ResponseStore, Stored, items_of
 from saddle.server.responses_stream import Answer
 from saddle.server.service import Service
 from saddle.server.sse import HEADERS, EventStream, unless_gone, whole
@@ -52,12 +52,12 @@ class Responses:
         self._told: set[str] = set()
 
     async def create(self, request: Request) -> Response:
-        asked = await self._asked(request)
+        asked, line = await self._asked(request)
         generation = await unless_gone(request.receive, self._open(asked))
         if asked.background:
-            run = self._run(generation, asked)
+            run = self._run(generation, asked, line)
             return Follow(run, self._config.sse_keep_alive_s) if asked.stream else JSONReply(run.answer.body())
-        answer = self._answer(asked, generation, lambda answer: self._keep(asked, answer))
+        answer = self._answer(asked, generation, lambda answer: self._keep(asked, answer, line))
         if asked.stream:
             return EventStream(generation, answer, self._config.sse_keep_alive_s)
         (events,) = await whole(request.receive, generation)
@@ -65,7 +65,7 @@ class Responses:
         return JSONReply(answer.body())
 
     async def count(self, request: Request) -> Response:
-        asked = await self._asked(request)
+        asked, _ = await self._asked(request)
         ids = await unless_gone(request.receive, self._service.count(asked.job.prompts[0]))
         return JSONReply({"object": "response.input_tokens", "input_tokens": len(ids)})
 
@@ -127,19 +127,22 @@ class Responses:
 
     # one response -------------------------------------------------------------------------------------------------
 
-    async def _asked(self, request: Request) -> AskedResponse:
+    async def _asked(self, request: Request) -> tuple[AskedResponse, list[Stored]]:
+        """(what a request asks for, the responses that it continues)."""
         facts = self._service.facts()
         body = await read(request, ResponsesBody)
-        earlier: list[Item] = []
+        line: list[Stored] = []
         if body.previous_response_id is not None:
             if body.previous_response_id in self.runs:
                 raise InvalidRequest("The previous response is still in progress.", "previous_response_id")
-            earlier = self.store.conversation(body.previous_response_id)
-        asked = await self._service.apart(
-            responses.to_request, body, facts, earlier, self._seal, request.state.request_id
-        )
+            line = self.store.conversation(body.previous_response_id)
+
+        def read_all() -> AskedResponse:
+            return responses.to_request(body, facts, items_of(line), self._seal, request.state.request_id)
+
+        asked = await self._service.apart(read_all)
         self._tell(str(asked.fixed.get("ignored", "")))
-        return asked
+        return asked, line
 
     def _tell(self, ignored: str) -> None:
         """Log what was left out of a request; the same of many requests once."""
@@ -180,20 +183,22 @@ class Responses:
             prompt_ids=generation.prompts[0] if asked.return_token_ids else None,
         )
 
-    def _run(self, generation: Generation, asked: AskedResponse) -> Run:
+    def _run(self, generation: Generation, asked: AskedResponse, line: list[Stored]) -> Run:
         def ended(run: Run) -> None:
             if self.runs.pop(asked.id, None) is not None:  # else it was deleted
-                self._keep(asked, run.answer, bytes(run.frames) or None)
+                self._keep(asked, run.answer, line, bytes(run.frames) or None)
 
         run = self.runs[asked.id] = Run(generation, self._answer(asked, generation, None), ended)
         return run
 
-    def _keep(self, asked: AskedResponse, answer: Answer, frames: bytes | None = None) -> None:
+    def _keep(
+        self, asked: AskedResponse, answer: Answer, line: list[Stored], frames: bytes | None = None
+    ) -> None:
         if not asked.store:
             return
         stored = Stored(asked.id, answer.status, answer.body(), encode_json(asked.items), asked.previous,
                         asked.background, frames)  # fmt: skip
-        if not self.store.put(stored):
+        if not self.store.put(stored, line):
             logger.warning("%s: a response of %d bytes was not stored: it does not fit (--response-store-bytes).",
                            asked.id, stored.num_bytes)  # fmt: skip
         self._count_stored()

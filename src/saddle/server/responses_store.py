@@ -8,6 +8,7 @@ kept as the JSON that it was, so the bytes that are counted are the bytes that a
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,11 @@ class Stored:
         return list(body["output"])
 
 
+def items_of(line: Sequence[Stored]) -> list[Item]:
+    """All items of a conversation, in their order."""
+    return [item for each in line for item in (*each.input_items, *each.output_items)]
+
+
 class ResponseStore:
     """Belongs to one event loop.
 
@@ -77,14 +83,20 @@ class ResponseStore:
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def put(self, response: Stored) -> bool:
-        """Keep a response; False when it does not fit beside what it stands on."""
-        if response.num_bytes > self._max_bytes:
-            return False
+    def put(self, response: Stored, line: Sequence[Stored] = ()) -> bool:
+        """Keep a response; False when it does not fit beside what it stands on.
+
+        Args:
+            line: what it stood on when it began. What of that was forgotten meanwhile becomes input of its own.
+        """
         before = None if response.previous is None else self._kept.get(response.previous)
         if before is None:
-            response.previous = None  # forgotten while this one ran
-        else:
+            response.previous = None
+            if line:
+                response.items = msgspec.json.encode([*items_of(line), *response.input_items])
+        if response.num_bytes > self._max_bytes:
+            return False
+        if before is not None:
             before.num_next += 1
         self._kept[response.id] = response
         self._num_bytes += response.num_bytes
@@ -118,8 +130,8 @@ class ResponseStore:
             at = None if at.previous is None else self._kept[at.previous]
         return found[::-1]
 
-    def conversation(self, response_id: str) -> list[Item]:
-        """All items of a response and those it stands on, in their order.
+    def conversation(self, response_id: str) -> list[Stored]:
+        """A response that is to be continued behind all that it stands on.
 
         Raises:
             NotFound, InvalidRequest: there is no such response, or it cannot be continued.
@@ -132,7 +144,7 @@ class ResponseStore:
         if found.status not in CONTINUED:
             raise InvalidRequest(f"Previous response {response_id[:100]!r} is {found.status} and cannot be continued.",
                                  param="previous_response_id")  # fmt: skip
-        return [item for each in self.line(found) for item in (*each.input_items, *each.output_items)]
+        return self.line(found)
 
     def _find(self, response_id: str) -> Stored | None:
         found = self._kept.get(response_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -432,6 +433,24 @@ async def test_too_long_a_conversation(tokenizer: Tokenizer) -> None:
         assert "0 word" not in prompt
         one = {"input": "word " * 600, "truncation": "auto"}
         assert (await server.post(PATH, one))[0] == 400, "one message cannot be made shorter"
+
+
+async def test_deleting_what_a_running_response_continues(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, words(tokenizer, "</think>", "yes")) as server:
+        _, first = await server.post(PATH, {"input": "FIRST"})
+        server.client.pause_s = 0.1
+        body = {"input": "SECOND", "previous_response_id": first["id"]}
+        second = asyncio.ensure_future(server.post(PATH, body))
+        await until(lambda: len(server.client.requests) == 2)
+        async with server.http.delete(f"{server.base}{PATH}/{first['id']}") as reply:
+            assert reply.status == 200
+        _, answered = await second
+        status, _ = await server.post(PATH, {"input": "THIRD", "previous_response_id": answered["id"]})
+        assert status == 200
+        prompt = prompt_of(server)
+        assert prompt.index("FIRST") < prompt.index("SECOND") < prompt.index("THIRD")
+        _, listed = await server.get(f"{PATH}/{answered['id']}/input_items?order=asc")
+        assert [item["type"] for item in json.loads(listed)["data"]].count("message") == 3
 
 
 async def test_input_is_counted(tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saddle.errors import InvalidRequest, NotFound
-from saddle.server.responses_store import OVERHEAD_BYTES, ResponseStore, Stored
+from saddle.server.responses_store import OVERHEAD_BYTES, ResponseStore, Stored, items_of
 
 
 def stored(name: str, previous: str | None = None, size: int = 0, status: str = "completed") -> Stored:
@@ -24,7 +24,7 @@ def test_a_line_is_the_conversation() -> None:
     store = ResponseStore(1 << 20)
     assert all(store.put(each) for each in (stored("a"), stored("b", "a"), stored("c", "b"), stored("x", "a")))
     assert line(store, "c") == ["a", "b", "c"]
-    assert store.conversation("x") == [{"asked": "a"}, {"said": "a"}, {"asked": "x"}, {"said": "x"}]
+    assert items_of(store.conversation("x")) == [{"asked": "a"}, {"said": "a"}, {"asked": "x"}, {"said": "x"}]
     kept = line_of(store, "c", "x")
     assert store.num_bytes == sum(len(each.body) + len(each.items) + OVERHEAD_BYTES for each in kept)
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_continued() -> None:
     with pytest.raises(InvalidRequest, match="failed and cannot be continued") as caught:
         store.conversation("bad")
     assert caught.value.param == "previous_response_id"
-    assert len(store.conversation("cut")) == 2
+    assert len(items_of(store.conversation("cut"))) == 2
     with pytest.raises(NotFound, match="Send the whole conversation") as missing:
         store.conversation("gone")
     assert missing.value.param == "previous_response_id"
@@ -95,6 +95,24 @@ def test_one_that_was_forgotten_while_it_was_continued() -> None:
     store = ResponseStore(1 << 20)
     store.put(stored("b", "gone"))
     assert line(store, "b") == ["b"]
+
+
+def test_what_it_stood_on_is_kept_when_that_is_deleted_meanwhile() -> None:
+    """Else whoever goes on from there would get an answer that knows nothing of the beginning."""
+    store = ResponseStore(1 << 20)
+    for each in (stored("a"), stored("b", "a")):
+        store.put(each)
+    began = store.conversation("b")
+    store.delete("b")
+    store.delete("a")
+    assert store.put(stored("c", "b"), began)
+    assert line(store, "c") == ["c"]
+    said = [{"asked": "a"}, {"said": "a"}, {"asked": "b"}, {"said": "b"}, {"asked": "c"}, {"said": "c"}]
+    assert items_of(store.conversation("c")) == said
+    assert store.num_bytes == sum(each.num_bytes for each in line_of(store, "c"))
+    alone = stored("e", "d").num_bytes
+    assert ResponseStore(alone).put(stored("e", "d"))
+    assert not ResponseStore(alone).put(stored("e", "d"), began), "with what it stood on it does not fit"
 
 
 STEPS = st.lists(st.tuples(st.sampled_from(["put", "get", "delete"]), st.integers(0, 11), st.integers(0, 11),
