@@ -28,14 +28,14 @@ from saddle.protocol import RowWork, StepPlan
 
 FIRST_TOKENS = 512  # that half of a step is taken to hold before anything was measured
 EVEN_TOKENS = 2560  # take as long to compute as the weights take to read: 620 TFLOP/s against 3 TB/s
-EVEN_CONTEXT = 12_288  # 24,576 operations a pair and layer against 2 x 157 million for the weights that a token uses
+EVEN_CONTEXT = 8192  # 24,576 operations a pair and layer at 500 TFLOP/s, against EVEN_TOKENS of the weights' time
 DECODE_PAIRS = 24  # 4 KiB of keys and values at 3 TB/s against 24,576 operations at 500 TFLOP/s
 TOKENS = 1024  # unit of the fit, so that its numbers are of one size
 PAIRS = TOKENS * EVEN_CONTEXT
 UNREAD = 31 / 32  # of the experts, by one token: each goes to 8 of 256
 DENSE = 0.04  # of the weights are no experts': 0.02 with all 62 layers, 0.06 with 16
 LEAST_TOKEN = 0.125  # of what the prior says that a token costs
-LEAST_EXTRA, MOST_EXTRA = -0.5, 3.0  # attention against what the prior says, in parts of it
+LEAST_EXTRA, MOST_EXTRA = -0.25, 3.0  # attention beyond what the prior says, in parts of it
 KEEP = 0.95  # of the weight of older steps
 # Of fixed, per_token and per_pair: how many steps the prior is worth, and the size of the first in units of the fit.
 PRIOR = ((0.5, 1.0), (0.02, FIRST_TOKENS / TOKENS), (0.05, 0.5))

@@ -184,7 +184,7 @@ def test_measured_steps_are_predicted_one_ahead() -> None:
         errors.append(1e-3 * milliseconds / pacer.predict_s(work) - 1)
         pacer.observe(plan(*work), 1e-3 * milliseconds)
     assert sum(map(abs, errors)) / len(errors) < 0.08
-    assert max(errors[1:]) < 0.2 and min(errors) > -0.25
+    assert max(errors[1:]) < 0.2 and min(errors) > -0.35
 
 
 def test_prompts_of_one_length_and_a_few_rows_tell_reading_from_computing() -> None:
