@@ -4,6 +4,7 @@ models with random weights to run it on. What tests of whole decode kernels comp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,7 @@ class Step:
     attention: torch.Tensor | None = None
     router: torch.Tensor | None = None
     experts: list[torch.Tensor] = field(default_factory=list)
+    margins: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # [R], see `settled`
 
 
 def decode(
@@ -87,7 +89,7 @@ def decode(
     """One step of R rows with one token each, none of them padding; writes keys and values into `kv`."""
     x = model.embed[token_ids.long()].float()
     positions = context_lens.long() - 1
-    step = Step(x, x.clone())
+    step = Step(x, x.clone(), margins=torch.full((len(x),), math.inf, device=x.device))
     for number, layer in enumerate(model.layers[:num_layers]):
         if stages & ATTENTION:
             x = x + _attention(step, model.layers[number], shape, kv[number], x, positions, block_tables)
@@ -95,7 +97,9 @@ def decode(
             h = _norm(x, layer.post_norm, shape.norm_eps)
             step.router = h @ layer.gate
             scores = step.router.sigmoid()
-            chosen = (scores + layer.gate_bias).topk(shape.top_k, -1).indices
+            best = (scores + layer.gate_bias).topk(shape.top_k + 1, -1)
+            chosen = best.indices[:, :-1]
+            step.margins = torch.minimum(step.margins, best.values[:, -2] - best.values[:, -1])
             if uniform:
                 chosen = uniform_experts(number, positions, token_ids, shape)
             step.experts.append(chosen)
@@ -113,6 +117,19 @@ def decode(
         h = _norm(x, model.norm, shape.norm_eps)
         step.logits = h @ tiles.dequantise(model.lm_head).T
     return step
+
+
+def settled(tokens: torch.Tensor, vocab: int, margin: float, decode: Callable[[], Step]) -> Step:
+    """The step of `decode()`, which reads `tokens` [R]; tokens are drawn anew, in place, until no row has a layer where
+    the last expert's score is less than `margin` above that of the first expert left out: there rounding decides which
+    of the two computes, and results of right kernels differ."""
+    for _ in range(40):
+        step = decode()
+        near = step.margins < margin
+        if not bool(near.any()):
+            return step
+        tokens[near] = torch.randint(0, vocab, (int(near.sum()),), dtype=tokens.dtype, device=tokens.device)
+    raise AssertionError(f"No tokens whose experts are {margin} apart.")
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The persistent decode kernel: one launch a step of up to 8 rows, from token ids to logits. GPUs of sm_90 only.
+"""The persistent decode kernel: one launch a step of up to 16 rows, from token ids to logits. GPUs of sm_90 only.
 
 The kernel is CUDA C++ (`cuda/persistent.cu` and one header a stage). This file says what it supports, compiles it for
 the model's shape, and launches it. Its math is that of `model/m2.py`; activations are float16 where the other GPU path
@@ -25,9 +25,9 @@ from saddle.kernels.target import Target
 from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix
 from saddle.version import VERSION
 
-MAX_ROWS = 8
+MAX_ROWS = 16
 ROTARY_DIM = 64
-VARIANTS = (1, 2, 4, 8)  # rows that a binary is compiled for
+VARIANTS = (1, 2, 4, 8, 12, 16)  # rows that a binary is compiled for
 # As shapes.cuh.
 GROUP = 6
 SPLITS = 16
@@ -191,7 +191,7 @@ class PersistentDecode:
     Args:
         model: FP8 tiles; kept, and must not move.
         kv: one entry a layer, adjacent in memory in the order of layers.
-        max_rows: most rows of a step, at most 8.
+        max_rows: most rows of a step, at most 16.
         cache_dir: where compiled binaries are kept; None: nowhere.
         uniform_routing: experts are a hash of layer, position and token; for timing with dummy weights.
         wait_seconds: a step that still waits for something after this time has failed and ends with a CUDA error.
@@ -225,7 +225,7 @@ class PersistentDecode:
         self._model, self._kv = model, kv
         device = model.embed.device
         kv_format = {STATIC: 1, DYNAMIC: 2}.get(kv[0].scale_kind, 0)
-        self.variants = tuple(rows for rows in VARIANTS if rows < 2 * max_rows)
+        self.variants = VARIANTS[: 1 + next(i for i, rows in enumerate(VARIANTS) if rows >= max_rows)]
         self.workspace = _workspace(shape, self.variants[-1], self.num_ctas, device)
         self._error = torch.zeros(1, dtype=torch.int32).pin_memory()
         # [layers, H, E] is what the other kernels read; here a multiprocessor's rows have to be one copy.
@@ -346,7 +346,7 @@ def _workspace(shape: DecodeShape, rows: int, num_ctas: int, device: torch.devic
     return {
         "residual": zeros(rows, shape.hidden),
         "qkv_words": zeros(rows, qkv_width),
-        "square_words": zeros(qkv_width // 16, 8),
+        "square_words": zeros(qkv_width // 16, 8 if rows <= 8 else 16),
         "partial_words": zeros(shape.num_kv_heads * SPLITS, rows, GROUP, PARTIAL_PITCH),
         "attention_words": zeros(rows, q_width // 2),
         "router_words": zeros(rows, shape.num_experts),

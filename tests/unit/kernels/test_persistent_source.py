@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saddle.kernels import grouped, nvrtc, persistent
+from saddle.kernels import nvrtc, persistent
 from saddle.kernels.persistent import DecodeShape
 from saddle.kernels.target import of_arch
 from tests.support.cubin import local_bytes
@@ -67,6 +67,13 @@ def test_constants_are_the_same_on_both_sides(name: str, value: int) -> None:
     assert found == [str(value)]
 
 
+def test_rows_and_their_binaries() -> None:
+    allowed = re.search(r"MAX_ROWS <= 8 \? 8 % MAX_ROWS == 0 : MAX_ROWS == (\d+) \|\| MAX_ROWS == (\d+)", TEXT)
+    assert allowed is not None
+    assert (1, 2, 4, 8, *map(int, allowed.groups())) == persistent.VARIANTS
+    assert persistent.VARIANTS[-1] == persistent.MAX_ROWS
+
+
 def test_every_failure_has_its_words() -> None:
     codes = dict(re.findall(r"#define (FAILED_\w+) (\d+)", TEXT))
     assert sorted(map(int, codes.values())) == sorted(persistent.FAILURES)
@@ -76,7 +83,7 @@ def test_every_failure_has_its_words() -> None:
 
 def test_sizes() -> None:
     files = {path.name for path in Path(persistent.__file__).with_name("cuda").iterdir()}
-    assert files == SOURCES.keys() | grouped.sources().keys()
+    assert files == {part for name in files if name.endswith(".cu") for part in nvrtc.sources(name)}
     for name, text in SOURCES.items():
         lines = text.splitlines()
         assert len(lines) <= 500, name
@@ -135,7 +142,9 @@ def test_compiled_binaries_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows", "kv_format"), [(replace(M2, num_layers=16), 4, 0), (DEMO, 1, 2)], ids=["m2", "demo"]
+    ("shape", "rows", "kv_format"),
+    [(replace(M2, num_layers=16), 4, 0), (replace(M2, num_layers=16), 16, 0), (DEMO, 1, 2)],
+    ids=["m2", "m2_16_rows", "demo"],
 )
 def test_compiles(shape: DecodeShape, rows: int, kv_format: int) -> None:
     try:

@@ -37,7 +37,7 @@ struct Unit {
 
 // Query heads as operand rows, with k in the order in which ldmatrix delivers keys.
 DEVICE void load_query(const Consumer& c, u32* query) {
-  const u32 row = shared_address(c.shared->query) + (c.lane >> 2) * 272;
+  const u32 row = c.act + QUERY_AT + (c.lane >> 2) * (QUERY_PITCH * 2);
   const int t = c.lane & 3;
 #pragma unroll
   for (int k = 0; k < 8; k++) {
@@ -186,15 +186,15 @@ DEVICE void put_partials(Consumer& c, int layer, const Segment& s) {
   const float out_scale = KV_FORMAT == KV_FP8_STATIC ? c.p.layers[layer].v_scale : 1.f;
   for (int index = c.thread; index < GROUP * HEAD_DIM; index += NUM_THREADS) {
     const int head = index >> 7, d = index & 127;
-    float maximum = c.shared->warp_max[0][head];
+    float maximum = lds_f32(c.act + WARP_MAX_AT + head * 4);
 #pragma unroll
-    for (int w = 1; w < ATTENTION_WARPS; w++) maximum = fmaxf(maximum, c.shared->warp_max[w][head]);
+    for (int w = 1; w < ATTENTION_WARPS; w++) maximum = fmaxf(maximum, lds_f32(c.act + WARP_MAX_AT + (w * GROUP + head) * 4));
     float out = 0, total = 0;
 #pragma unroll
     for (int w = 0; w < ATTENTION_WARPS; w++) {
-      const float share = exp2_fast(c.shared->warp_max[w][head] - maximum);
+      const float share = exp2_fast(lds_f32(c.act + WARP_MAX_AT + (w * GROUP + head) * 4) - maximum);
       out += share * lds_f32(c.act + ((w * GROUP + head) * MERGE_PITCH + d) * 4);
-      total += share * c.shared->warp_total[w][head];
+      total += share * lds_f32(c.act + WARP_TOTAL_AT + (w * GROUP + head) * 4);
     }
     put_word(words + head * PARTIAL_PITCH + d, out / total * out_scale, c.epoch);
     if (d == 0) put_word(words + head * PARTIAL_PITCH + HEAD_DIM, maximum + log2_fast(total), c.epoch);
@@ -211,8 +211,8 @@ DEVICE void attend(Consumer& c, int layer, const Segment& s) {
   const int g = c.lane >> 2, t = c.lane & 3;
   if (c.warp < ATTENTION_WARPS && g < GROUP) {
     if (t == 0) {
-      c.shared->warp_max[c.warp][g] = f.maximum;
-      c.shared->warp_total[c.warp][g] = f.total;
+      sts32(c.act + WARP_MAX_AT + (c.warp * GROUP + g) * 4, __float_as_uint(f.maximum));
+      sts32(c.act + WARP_TOTAL_AT + (c.warp * GROUP + g) * 4, __float_as_uint(f.total));
     }
     const u32 row = c.act + (c.warp * GROUP + g) * (MERGE_PITCH * 4);
 #pragma unroll

@@ -3,12 +3,14 @@
 #pragma once
 #include "attention.cuh"
 
-DEVICE void combine(Consumer& c, int head, int split) {
+// Rows base .. base + COMBINE_ROWS - 1.
+DEVICE void combine_rows(Consumer& c, int head, int split, int base) {
   constexpr int OUTPUTS = COMBINE_OUTPUTS, GROUPS = COMBINE_GROUPS;
-  const int row = c.thread / OUTPUTS % MAX_ROWS, group = c.thread / (OUTPUTS * MAX_ROWS);
+  const int row = base + c.thread / OUTPUTS % COMBINE_ROWS, group = c.thread / (OUTPUTS * COMBINE_ROWS);
   const int output = split * OUTPUTS + c.thread % OUTPUTS, query_head = output >> 7;
   const bool real = (c.rows >> row) & 1;
-  const int first = c.shared->first_split[row], last = c.shared->last_split[row], units = c.shared->first_unit[MAX_ROWS];
+  const int first = real ? c.shared->first_split[row] : 0, last = real ? c.shared->last_split[row] : -1;
+  const int units = c.shared->first_unit[MAX_ROWS];
   float maximum = -1e30f, out = 0, total = 0;
   // Two splits at a time, so that their words are on the way together. With fewer units than splits some are empty.
   for (int s = first + group; s <= last; s += 2 * GROUPS) {
@@ -51,7 +53,7 @@ DEVICE void combine(Consumer& c, int head, int split) {
       float larger = maximum, outs[GROUPS], totals[GROUPS], maxima[GROUPS];
 #pragma unroll
       for (int i = 0; i < GROUPS; i++) {
-        const uint4 v = lds128(c.act + (i * OUTPUTS * MAX_ROWS + c.thread) * 16);
+        const uint4 v = lds128(c.act + (i * OUTPUTS * COMBINE_ROWS + c.thread) * 16);
         maxima[i] = __uint_as_float(v.x);
         outs[i] = __uint_as_float(v.y);
         totals[i] = __uint_as_float(v.z);
@@ -71,6 +73,11 @@ DEVICE void combine(Consumer& c, int head, int split) {
     u64* word = c.p.attention_words + row * (Q_WIDTH / 2) + (head * GROUP * HEAD_DIM + output) / 2;
     put_word(word, pack_f16(mine, next), c.epoch);
   }
+}
+
+DEVICE void combine(Consumer& c, int head, int split) {
+#pragma unroll 1
+  for (int base = 0; base < MAX_ROWS; base += COMBINE_ROWS) combine_rows(c, head, split, base);
   consumers_sync();
 }
 

@@ -5,7 +5,7 @@
 DEVICE void lm_head_stage(Consumer& c) {
   const u32 bad_rows = load_acquire(c.p.sync + SYNC_BAD_ROWS);
   for_tiles(c, [&](int tile, Slot first) {
-    float sum[4] = {0, 0, 0, 0};
+    Sums<COLUMN_GROUPS> sum = all_rows(c);
     multiply_bf16<HeadShape::SLOT_K>(c, first, c.act, sum);
 #pragma unroll
     for (int i = 1; i < HeadShape::SLOTS; i++) {
@@ -13,14 +13,12 @@ DEVICE void lm_head_stage(Consumer& c) {
       multiply_bf16<HeadShape::SLOT_K>(c, slot, c.act + i * (HeadShape::SLOT_K * 2 * MAX_ROWS), sum);
     }
     if (!reduce_tile(c, sum)) return;
-    const int row = 2 * (c.lane & 3), column = tile * TILE_ROWS + (c.lane >> 2);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (!((c.rows >> (row + i)) & 1)) continue;
-      const bool bad = (bad_rows >> (row + i)) & 1;
-      float* out = c.p.logits + (i64)(row + i) * VOCAB + column;
-      out[0] = bad ? __int_as_float(0x7fffffff) : sum[i];
-      out[8] = bad ? __int_as_float(0x7fffffff) : sum[2 + i];
-    }
+    for_columns(c, sum, [&](int row, float upper, float lower) {
+      if (!((c.rows >> row) & 1)) return;
+      const bool bad = (bad_rows >> row) & 1;
+      float* out = c.p.logits + (i64)row * VOCAB + tile * TILE_ROWS + (c.lane >> 2);
+      out[0] = bad ? __int_as_float(0x7fffffff) : upper;
+      out[8] = bad ? __int_as_float(0x7fffffff) : lower;
+    });
   });
 }

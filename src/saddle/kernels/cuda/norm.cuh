@@ -24,24 +24,24 @@ DEVICE NormWeights load_norm_weights(const Consumer& c, const float* weight) {
   return w;
 }
 
-DEVICE void load_rows(const Consumer& c, float2 (*x)[NORM_PAIRS]) {
+// Rows first .. first + NORM_ROWS - 1.
+DEVICE void load_rows(const Consumer& c, int first, float2 (*x)[NORM_PAIRS]) {
 #pragma unroll
-  for (int row = 0; row < MAX_ROWS; row++) {
+  for (int row = 0; row < NORM_ROWS; row++) {
 #pragma unroll
     for (int i = 0; i < NORM_PAIRS; i++) {
       const int k = norm_column(c, i);
       x[row][i] = make_float2(0.f, 0.f);
-      if (!((c.rows >> row) & 1) || !(NORM_EVEN || k < HIDDEN)) continue;
+      if (!((c.rows >> (first + row)) & 1) || !(NORM_EVEN || k < HIDDEN)) continue;
       i64 a, b;
-      load_cg(c.p.residual + row * HIDDEN + k, a, b);
+      load_cg(c.p.residual + (first + row) * HIDDEN + k, a, b);
       x[row][i] = make_float2(from_residual(a), from_residual(b));
     }
   }
 }
 
 // Dot products of the weighted rows with this multiprocessor's rows of the router, a sum a warp.
-DEVICE void gate_products(Consumer& c, const float2 (*x)[NORM_PAIRS]) {
-  const Slot slot = next_slot(c);
+DEVICE void gate_products(const Consumer& c, Slot slot, const float2 (*x)[NORM_PAIRS]) {
 #pragma unroll
   for (int e = 0; e < GATE_ROWS; e++) {
     float2 gate[NORM_PAIRS];
@@ -52,58 +52,65 @@ DEVICE void gate_products(Consumer& c, const float2 (*x)[NORM_PAIRS]) {
       gate[i] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
     }
 #pragma unroll
-    for (int row = 0; row < MAX_ROWS; row++) {
+    for (int row = 0; row < NORM_ROWS; row++) {
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < NORM_PAIRS; i++) sum += x[row][i].x * gate[i].x + x[row][i].y * gate[i].y;
       sum = warp_sum(sum);
-      if (c.lane == 0) c.shared->warp_sums[c.warp][(1 + e) * MAX_ROWS + row] = sum;
+      if (c.lane == 0) c.shared->warp_sums[c.warp][(1 + e) * NORM_ROWS + row] = sum;
     }
   }
-  release(c, slot);
 }
 
 template <bool ROUTER, bool BF16> DEVICE void norm(Consumer& c, const NormWeights& weights) {
-  float2 x[MAX_ROWS][NORM_PAIRS];
   const bool routes = ROUTER && c.cta < GATE_CTAS;
-  load_rows(c, x);
+  Slot slot;
+#pragma unroll 1
+  for (int first = 0; first < MAX_ROWS; first += NORM_ROWS) {
+    float2 x[NORM_ROWS][NORM_PAIRS];
+    load_rows(c, first, x);
 #pragma unroll
-  for (int row = 0; row < MAX_ROWS; row++) {
-    float sum = 0;
+    for (int row = 0; row < NORM_ROWS; row++) {
+      float sum = 0;
 #pragma unroll
-    for (int i = 0; i < NORM_PAIRS; i++) {
-      sum += x[row][i].x * x[row][i].x + x[row][i].y * x[row][i].y;
-      x[row][i].x *= weights.pair[i].x;
-      x[row][i].y *= weights.pair[i].y;
+      for (int i = 0; i < NORM_PAIRS; i++) {
+        sum += x[row][i].x * x[row][i].x + x[row][i].y * x[row][i].y;
+        x[row][i].x *= weights.pair[i].x;
+        x[row][i].y *= weights.pair[i].y;
+      }
+      sum = warp_sum(sum);
+      if (c.lane == 0) c.shared->warp_sums[c.warp][row] = sum;
     }
-    sum = warp_sum(sum);
-    if (c.lane == 0) c.shared->warp_sums[c.warp][row] = sum;
-  }
-  if (routes) gate_products(c, x);
-  consumers_sync();
-#pragma unroll
-  for (int row = 0; row < MAX_ROWS; row++) {
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < NUM_WARPS; w++) sum += c.shared->warp_sums[w][row];
-    const float inverse = rsqrtf(sum * (1.f / HIDDEN) + NORM_EPS);
-#pragma unroll
-    for (int i = 0; i < NORM_PAIRS; i++) {
-      const int k = norm_column(c, i);
-      const float a = x[row][i].x * inverse, b = x[row][i].y * inverse;
-      if (NORM_EVEN || k < HIDDEN)
-        sts32(c.act + (BF16 ? bf16_place(row, k) : f16_place(row, k)), BF16 ? pack_bf16(a, b) : pack_f16(a, b));
+    if (routes) {
+      if (first == 0) slot = next_slot(c);
+      gate_products(c, slot, x);
+      if (first + NORM_ROWS == MAX_ROWS) release(c, slot);
     }
-  }
-  if (routes && c.thread < GATE_ROWS * MAX_ROWS) {
-    const int row = c.thread / GATE_ROWS, e = c.thread % GATE_ROWS;
-    float product = 0, sum = 0;
-    for (int w = 0; w < NUM_WARPS; w++) {
-      sum += c.shared->warp_sums[w][row];
-      product += c.shared->warp_sums[w][(1 + e) * MAX_ROWS + row];
+    consumers_sync();
+#pragma unroll
+    for (int row = 0; row < NORM_ROWS; row++) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < NUM_WARPS; w++) sum += c.shared->warp_sums[w][row];
+      const float inverse = rsqrtf(sum * (1.f / HIDDEN) + NORM_EPS);
+#pragma unroll
+      for (int i = 0; i < NORM_PAIRS; i++) {
+        const int k = norm_column(c, i);
+        const float a = x[row][i].x * inverse, b = x[row][i].y * inverse;
+        if (NORM_EVEN || k < HIDDEN)
+          sts32(c.act + (BF16 ? bf16_place(first + row, k) : f16_place(first + row, k)), BF16 ? pack_bf16(a, b) : pack_f16(a, b));
+      }
     }
-    const float logit = product * rsqrtf(sum * (1.f / HIDDEN) + NORM_EPS);
-    put_word(c.p.router_words + row * NUM_EXPERTS + c.cta * GATE_ROWS + e, logit, c.epoch);
+    if (routes && c.thread < GATE_ROWS * NORM_ROWS) {
+      const int row = c.thread / GATE_ROWS, e = c.thread % GATE_ROWS;
+      float product = 0, sum = 0;
+      for (int w = 0; w < NUM_WARPS; w++) {
+        sum += c.shared->warp_sums[w][row];
+        product += c.shared->warp_sums[w][(1 + e) * NORM_ROWS + row];
+      }
+      const float logit = product * rsqrtf(sum * (1.f / HIDDEN) + NORM_EPS);
+      put_word(c.p.router_words + (first + row) * NUM_EXPERTS + c.cta * GATE_ROWS + e, logit, c.epoch);
+    }
+    consumers_sync();
   }
-  consumers_sync();
 }

@@ -5,7 +5,7 @@
 
 DEVICE void load_attention(Consumer& c, int part) {
   constexpr int WORDS = O_WIDTH / 2, EACH = (WORDS / 2 + NUM_THREADS - 1) / NUM_THREADS;  // two words a load
-  constexpr int ROWS = MAX_ROWS < 4 ? MAX_ROWS : 4;  // polled together: more would not fit the registers
+  constexpr int ROWS = NORM_ROWS;  // polled together
 #pragma unroll
   for (int first = 0; first < MAX_ROWS; first += ROWS) {
     u64 word[ROWS][EACH][2];
@@ -46,15 +46,14 @@ DEVICE void output_stage(Consumer& c) {
     const int part = tile / TILES;
     if (part != loaded) load_attention(c, part);
     loaded = part;
-    float sum[4] = {0, 0, 0, 0};
+    Sums<COLUMN_GROUPS> sum = all_rows(c);
     multiply_tile<OutputShape, O_SLOTS>(c, first, c.act, sum);
     if (!reduce_tile(c, sum)) return;
-    const int row = 2 * (c.lane & 3), column = (tile - part * TILES) * TILE_ROWS + (c.lane >> 2);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (!((c.rows >> (row + i)) & 1)) continue;
-      add_residual(c, row + i, column, sum[i]);
-      add_residual(c, row + i, column + 8, sum[2 + i]);
-    }
+    const int column = (tile - part * TILES) * TILE_ROWS + (c.lane >> 2);
+    for_columns(c, sum, [&](int row, float upper, float lower) {
+      if (!((c.rows >> row) & 1)) return;
+      add_residual(c, row, column, upper);
+      add_residual(c, row, column + 8, lower);
+    });
   });
 }

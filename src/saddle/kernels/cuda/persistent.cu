@@ -44,8 +44,8 @@ DEVICE void start_step(const Params& p, Shared* s) {
     s->first_unit[MAX_ROWS] = units;
     s->rows = rows;
   }
-  if (thread < MAX_ROWS * (ROTARY_DIM / 2)) {
-    const int row = thread / (ROTARY_DIM / 2), i = thread % (ROTARY_DIM / 2);
+  for (int number = thread; number < MAX_ROWS * (ROTARY_DIM / 2); number += NUM_THREADS) {
+    const int row = number / (ROTARY_DIM / 2), i = number % (ROTARY_DIM / 2);
     // The angle is the reference's float32 product; turns are counted in double, or they would be lost in it.
     const double turns = (double)((float)max(s->position[row], 0) * p.rotary_frequencies[i]) * 0.15915494309189535;
     float sine, cosine;
@@ -132,10 +132,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
   if (threadIdx.x == 0) {
     for (int i = 0; i < RING_SLOTS; i++) {
       mbarrier_init(shared_address(&shared->full[i]), 1);
-      mbarrier_init(shared_address(&shared->empty[i]), NUM_WARPS);
+      mbarrier_init(shared_address(&shared->empty[i]), NUM_THREADS);
     }
-    mbarrier_init(shared_address(&shared->routed), 1);
-    mbarrier_init(shared_address(&shared->rows_known), 1);
+    mbarrier_init(shared_address(&shared->routed), 32);
+    mbarrier_init(shared_address(&shared->rows_known), NUM_THREADS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     shared->started = global_nanoseconds();
     shared->step_limit = p.step_limit;
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     start_step(p, shared);
-    if (threadIdx.x == 0) mbarrier_arrive(shared_address(&shared->rows_known));
+    mbarrier_arrive(shared_address(&shared->rows_known));
     Consumer c{p, shared, ring, act, act + ACT_BYTES};
     forget(c);
     c.rows = shared->rows;

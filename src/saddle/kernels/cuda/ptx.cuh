@@ -30,6 +30,7 @@ DEVICE void sts64(u32 at, u32 x, u32 y) { asm volatile("st.shared.v2.u32 [%0],{%
 DEVICE void sts32(u32 at, u32 v) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
 DEVICE void sts16(u32 at, u16 v) { asm volatile("st.shared.u16 [%0],%1;" ::"r"(at), "h"(v) : "memory"); }
 DEVICE void sts8(u32 at, u32 v) { asm volatile("st.shared.u8 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
+DEVICE void or_shared(u32 at, u32 v) { asm volatile("red.shared.or.b32 [%0],%1;" ::"r"(at), "r"(v) : "memory"); }
 // Four 8 x 8 matrices of 16-bit items; lane i gives the address of row i % 8 of matrix i / 8.
 DEVICE void ldmatrix(u32 at, u32* r) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
@@ -64,6 +65,11 @@ DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 mbarrier, u64 pol
       "l"(from), "r"(bytes), "r"(mbarrier), "l"(policy)
       : "memory");
 }
+// 16 bytes, past L1; this thread's copies have landed after `async_wait`.
+DEVICE void async_copy(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void consumers_sync() { asm volatile("bar.sync 1,%0;" ::"n"(NUM_THREADS) : "memory"); }
 
 // ---- global memory, past L1: other multiprocessors wrote it

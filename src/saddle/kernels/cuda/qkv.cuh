@@ -5,23 +5,19 @@
 
 DEVICE void qkv_stage(Consumer& c) {
   for_tiles(c, [&](int tile, Slot first) {
-    float sum[4] = {0, 0, 0, 0};
+    Sums<COLUMN_GROUPS> sum = all_rows(c);
     multiply_tile<QkvShape, QkvShape::SLOTS>(c, first, c.act, sum);
     if (!reduce_tile(c, sum)) return;
-    const int g = c.lane >> 2, row = 2 * (c.lane & 3), column = tile * TILE_ROWS + g;
-    u64* words = c.p.qkv_words + row * QKV_WIDTH + column;
-    float squares[2] = {sum[0] * sum[0] + sum[2] * sum[2], sum[1] * sum[1] + sum[3] * sum[3]};
+    const int g = c.lane >> 2;
+    for_columns(c, sum, [&](int row, float upper, float lower) {
+      float square = upper * upper + lower * lower;
 #pragma unroll
-    for (int offset = 4; offset < 32; offset <<= 1) {
-      squares[0] += __shfl_xor_sync(~0u, squares[0], offset);
-      squares[1] += __shfl_xor_sync(~0u, squares[1], offset);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (row + i >= MAX_ROWS) continue;
-      put_word(words + i * QKV_WIDTH, sum[i], c.epoch);
-      put_word(words + i * QKV_WIDTH + 8, sum[2 + i], c.epoch);
-      if (g == 0) put_word(c.p.square_words + tile * 8 + row + i, squares[i], c.epoch);
-    }
+      for (int offset = 4; offset < 32; offset <<= 1) square += __shfl_xor_sync(~0u, square, offset);
+      if (row >= MAX_ROWS) return;
+      u64* words = c.p.qkv_words + row * QKV_WIDTH + tile * TILE_ROWS + g;
+      put_word(words, upper, c.epoch);
+      put_word(words + 8, lower, c.epoch);
+      if (g == 0) put_word(c.p.square_words + tile * SQUARE_PITCH + row, square, c.epoch);
+    });
   });
 }

@@ -1,6 +1,6 @@
 // Before attention: QK-norm over the whole width, rotary on the first 64 dims, the KV write, for one row and KV head.
 //
-// Contract: afterwards Shared::query holds the group's query heads, times 128^-0.5 log2(e), and, where the segment ends
+// Contract: afterwards QUERY_AT holds the group's query heads, times 128^-0.5 log2(e), and, where the segment ends
 // its row, `new_unit` in shared memory holds the row's new key and value as the first token of a unit of KV memory; the
 // same numbers are in the cache. Uses the activation buffer: [new unit][raw q and k].
 #pragma once
@@ -65,7 +65,7 @@ DEVICE HeadNumbers wait_head_numbers(Consumer& c, const Segment& s) {
 #pragma unroll
     for (int i = 0; i < TILES_EACH; i++) {
       const int tile = i * NUM_THREADS + c.thread;
-      squares[i] = tile < QKV_TILES ? load_relaxed(c.p.square_words + tile * 8 + s.row) : no_word(c.epoch);
+      squares[i] = tile < QKV_TILES ? load_relaxed(c.p.square_words + tile * SQUARE_PITCH + s.row) : no_word(c.epoch);
     }
 #pragma unroll
     for (int i = 0; i < QK_EACH; i++) {
@@ -174,12 +174,12 @@ DEVICE void prepare_query(Consumer& c, int layer_index, const Segment& s) {
     const float turned = inverse * (n.qk[i] * w.own[i] * w.cosine[i] + partner * w.partner[i] * w.sine[i]);
     if (head < GROUP) {
       const float q = turned * query_scale;
-      c.shared->query[head * 136 + d] = (u16)(KV_FORMAT == KV_BF16 ? pack_bf16(q, 0.f) : pack_f16(q, 0.f));
+      sts16(c.act + QUERY_AT + (head * QUERY_PITCH + d) * 2, (u16)(KV_FORMAT == KV_BF16 ? pack_bf16(q, 0.f) : pack_f16(q, 0.f)));
     } else {
       key = turned;
     }
   }
-  if (c.thread < (8 - GROUP) * HEAD_DIM) c.shared->query[(GROUP + (c.thread >> 7)) * 136 + (c.thread & 127)] = 0;
+  if (c.thread < (8 - GROUP) * HEAD_DIM) sts16(c.act + QUERY_AT + ((GROUP + (c.thread >> 7)) * QUERY_PITCH + (c.thread & 127)) * 2, 0);
   // The key's numbers are those of four whole warps, the value's of the first four.
   constexpr int KEY_FIRST = (GROUP * HEAD_DIM) % NUM_THREADS;
   static_assert(KEY_FIRST + HEAD_DIM <= NUM_THREADS, "a thread holds the key's number once");

@@ -11,7 +11,12 @@ constexpr int LANE_EXPERTS = 8;
 // The row's logits of experts 8 lane .. 8 lane + 7; beyond the last expert: minus infinity. Words are read side by side
 // and turned in the row's part of the sums' buffer, which is free here.
 constexpr int ROW_SCRATCH = 1024;
-static_assert(MAX_ROWS * ROW_SCRATCH <= SUMS_BYTES && NUM_EXPERTS * 4 <= ROW_SCRATCH, "logits do not fit");
+// Behind it: 8 or 16 bits an expert, the rows that chose it.
+constexpr int EXPERT_BITS = MAX_ROWS <= 8 ? 8 : 16, EXPERTS_A_WORD = 32 / EXPERT_BITS;
+constexpr int EXPERT_ROWS_AT = MAX_ROWS * ROW_SCRATCH;
+static_assert(EXPERT_ROWS_AT + NUM_EXPERTS * EXPERT_BITS / 8 <= SUMS_BYTES && NUM_EXPERTS * 4 <= ROW_SCRATCH, "logits do not fit");
+DEVICE u32 expert_word(const Consumer& c, int expert) { return c.sums + EXPERT_ROWS_AT + expert / EXPERTS_A_WORD * 4; }
+DEVICE int expert_shift(int expert) { return expert % EXPERTS_A_WORD * EXPERT_BITS; }
 DEVICE void wait_logits(const Consumer& c, int row, float* logit) {
   constexpr int EACH = (NUM_EXPERTS + 31) / 32;
   const u64* words = c.p.router_words + row * NUM_EXPERTS + c.lane;
@@ -84,7 +89,7 @@ DEVICE void choose(const Consumer& c, int row, const float* logit, const float* 
       better += other > my_key || (other == my_key && lds32(experts + i * 4) < expert);
     }
     if (better < TOP_K) {
-      c.shared->chosen[row * TOP_K + better] = expert;
+      c.shared->chosen[row * TOP_K + better] = (u8)expert;
       c.shared->chosen_weight[row * TOP_K + better] = lds_f32(scores + mine * 4);
     }
   }
@@ -98,7 +103,7 @@ DEVICE void choose_uniformly(const Consumer& c, int layer, int row) {
     const u32 stride = 2 * ((mix(first) >> 1) & 127) + 1;  // odd: different experts where their number is a power of two
     const int expert = (first + c.lane * stride) % NUM_EXPERTS;
     const u64 word = load_relaxed(c.p.router_words + row * NUM_EXPERTS + expert);  // fresh: this warp has waited for all
-    c.shared->chosen[row * TOP_K + c.lane] = expert;
+    c.shared->chosen[row * TOP_K + c.lane] = (u8)expert;
     c.shared->chosen_weight[row * TOP_K + c.lane] = sigmoid(word_float(word));
   }
   __syncwarp();
@@ -111,7 +116,8 @@ DEVICE void list_experts(const Consumer& c) {
 #pragma unroll
   for (int first = 0; first < NUM_EXPERTS; first += 32) {
     const int expert = first + c.lane;
-    const u32 rows = expert < NUM_EXPERTS ? (s->expert_rows[expert / 4] >> (expert % 4 * 8)) & 0xff : 0;
+    u32 rows = 0;
+    if (expert < NUM_EXPERTS) rows = (lds32(expert_word(c, expert)) >> expert_shift(expert)) & ((1u << EXPERT_BITS) - 1);
     const u32 lanes = __ballot_sync(~0u, rows != 0);
     const int place = count + __popc(lanes & ((1u << c.lane) - 1));
     if (rows) {
@@ -121,39 +127,39 @@ DEVICE void list_experts(const Consumer& c) {
     count += __popc(lanes);
   }
   if (c.lane == 0) s->num_experts = count;
-  __syncwarp();
-  if (c.lane == 0) mbarrier_arrive(shared_address(&s->routed));
+  mbarrier_arrive(shared_address(&s->routed));
 }
 
 DEVICE void router_stage(Consumer& c, int layer) {
   Shared* s = c.shared;
-  const bool mine = c.warp < MAX_ROWS && ((c.rows >> c.warp) & 1);
   float bias[LANE_EXPERTS];
 #pragma unroll
   for (int i = 0; i < LANE_EXPERTS; i++) {
     const int expert = c.lane * LANE_EXPERTS + i;
-    bias[i] = mine && expert < NUM_EXPERTS ? __ldg(c.p.layers[layer].gate_bias + expert) : 0.f;
+    bias[i] = c.warp < MAX_ROWS && expert < NUM_EXPERTS ? __ldg(c.p.layers[layer].gate_bias + expert) : 0.f;
   }
-  if (c.thread < NUM_EXPERTS / 4) s->expert_rows[c.thread] = 0;
+  if (c.thread < NUM_EXPERTS / EXPERTS_A_WORD) sts32(expert_word(c, c.thread * EXPERTS_A_WORD), 0);
   consumers_sync();
-  if (mine) {
+#pragma unroll 1
+  for (int row = c.warp; row < MAX_ROWS; row += NUM_WARPS) {
+    if (!((c.rows >> row) & 1)) continue;
     float logit[LANE_EXPERTS];
-    wait_logits(c, c.warp, logit);
-    if (c.p.uniform_routing) choose_uniformly(c, layer, c.warp);
-    else choose(c, c.warp, logit, bias);
-    const int pair = c.warp * TOP_K + c.lane;
+    wait_logits(c, row, logit);
+    if (c.p.uniform_routing) choose_uniformly(c, layer, row);
+    else choose(c, row, logit, bias);
+    const int pair = row * TOP_K + c.lane;
     const float weight = c.lane < TOP_K ? s->chosen_weight[pair] : 0.f;
     const float total = warp_sum(weight);
     if (c.lane < TOP_K) {
       const int expert = s->chosen[pair];
       s->chosen_weight[pair] = weight / total;
-      atomicOr(&s->expert_rows[expert / 4], (1u << c.warp) << (expert % 4 * 8));
+      or_shared(expert_word(c, expert), (1u << row) << expert_shift(expert));
     }
   }
   consumers_sync();
   if (c.warp == 0) list_experts(c);
   consumers_sync();
   const int pair = c.thread, row = pair / TOP_K;
-  if (pair < MAX_PAIRS && ((c.rows >> row) & 1)) s->pair_weight[s->expert_place[s->chosen[pair]]][row] = s->chosen_weight[pair];
+  if (pair < MAX_PAIRS && ((c.rows >> row) & 1)) s->pair_rank[s->expert_place[s->chosen[pair]]][row] = (u8)(pair % TOP_K);
   // Read after the next barrier.
 }

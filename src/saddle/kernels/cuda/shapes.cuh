@@ -10,7 +10,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4 or 8: rows are the 8 columns of mma.m16n8k16
+constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4, 8, 12 or 16: columns of one or two mma.m16n8k16
 constexpr int HIDDEN = SADDLE_HIDDEN;
 constexpr int NUM_HEADS = SADDLE_NUM_HEADS;
 constexpr int NUM_KV_HEADS = SADDLE_NUM_KV_HEADS;
@@ -68,7 +68,8 @@ typedef Fp8Shape<HIDDEN> UpShape;  // w1 and w3, interleaved 8 rows by 8
 typedef Fp8Shape<INTERMEDIATE> DownShape;
 typedef Fp8Shape<Q_WIDTH> OutputShape;
 typedef Bf16Shape<HIDDEN> HeadShape;
-// The attention output of 8 rows does not fit beside the ring: O is computed in parts of at most 3,072 columns.
+// The attention output of 8 rows does not fit beside the ring, nor that of 16: O is computed in parts of at most 3,072
+// columns.
 constexpr int O_PARTS = (Q_WIDTH + 3071) / 3072;
 constexpr int O_WIDTH = Q_WIDTH / O_PARTS;
 constexpr int O_SLOTS = OutputShape::SLOTS / O_PARTS;
@@ -78,7 +79,7 @@ constexpr int GATE_CTAS = NUM_EXPERTS / GATE_ROWS;
 // ---- the ring
 constexpr int RING_SLOT_BYTES = 24704;  // the largest slot: 16 x 1,536 FP8 and 24 scales
 // As many slots as fit beside the activations: they fill while the consumers wait at a barrier.
-constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : (MAX_ROWS <= 4 ? 7 : 6);
+constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : MAX_ROWS <= 4 ? 7 : MAX_ROWS <= 8 ? 6 : MAX_ROWS <= 12 ? 5 : 4;
 // Slots issued but not landed. Two (49 KB a multiprocessor) saturate the memory; more only queue in front of every
 // barrier, poll and small load. Never more than the ring has: a wait on a wrapped parity would not end.
 constexpr int WINDOW_EXPERTS = 2;
@@ -114,21 +115,34 @@ constexpr int SPLITS = 16;
 constexpr int ATTENTION_CTAS = NUM_KV_HEADS * SPLITS;
 constexpr int ATTENTION_WARPS = 8;  // their partial outputs, 8 x 6 x 128 floats, fill the activation buffer
 constexpr int MERGE_PITCH = HEAD_DIM + 8;  // floats of a partial output: four heads' 8 floats fall into all banks
+constexpr int QUERY_PITCH = HEAD_DIM + 8;  // bf16 or f16 of a query head: spreads heads over banks
+// Attention's part of the activation buffer: partial outputs (before them, the new unit and raw q and k), the group's
+// query heads as 8 rows, the warps' maxima and totals. The end may lie in the buffer of the sums.
+constexpr int QUERY_AT = ATTENTION_WARPS * GROUP * MERGE_PITCH * 4;
+constexpr int WARP_MAX_AT = QUERY_AT + 8 * QUERY_PITCH * 2;
+constexpr int WARP_TOTAL_AT = WARP_MAX_AT + ATTENTION_WARPS * GROUP * 4;
+constexpr int ATTENTION_BYTES = WARP_TOTAL_AT + ATTENTION_WARPS * GROUP * 4;
 constexpr int PARTIAL_PITCH = HEAD_DIM + 2;  // words a query head: values, log-sum-exp, padding to 16 bytes
 constexpr int COMBINE_OUTPUTS = GROUP * HEAD_DIM / SPLITS;  // outputs of a row and KV head that one split finishes
-constexpr int COMBINE_GROUPS = 8 / MAX_ROWS;  // threads that share an output's splits
+constexpr int COMBINE_ROWS = MAX_ROWS < 8 ? MAX_ROWS : 8;  // finished at a time
+constexpr int COMBINE_GROUPS = 8 / COMBINE_ROWS;  // threads that share an output's splits
 // Block ids of a multiprocessor's first units, kept for all layers: 262,144 tokens over all rows and splits. Longer
 // contexts read the rest from the table, one block ahead.
 constexpr int CACHED_BLOCKS = 256;
 
 // ---- activations in shared memory, as the mma's second operand (tile.cuh)
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
-// At least 24 KB: attention's partial outputs lie there, and the activations of all experts of a single row.
-constexpr int ACT_BYTES = max_of(2 * MAX_ROWS * max_of(max_of(HIDDEN, O_WIDTH), INTERMEDIATE), 24576);
-constexpr int COLUMN_PAIRS = (MAX_ROWS + 1) / 2;  // lanes of a quad that hold columns of real rows
-constexpr int SUMS_BYTES = 2 * NUM_WARPS * 8 * COLUMN_PAIRS * 16;  // two buffers of the warps' partial sums
+constexpr int UP_BYTES = 2 * MAX_ROWS * INTERMEDIATE;  // an expert's activations; two experts' lie there
+// At least 25 KB: attention needs them, and the activations of all experts of a single row.
+constexpr int ACT_BYTES = max_of(max_of(2 * MAX_ROWS * max_of(HIDDEN, O_WIDTH), 2 * UP_BYTES), 25600);
+constexpr int COLUMN_GROUPS = (MAX_ROWS + 7) / 8;  // of 8 columns, an mma each
+// Lanes of a quad that hold columns of real rows, in a group of columns.
+constexpr int column_pairs(int group) { return MAX_ROWS - 8 * group >= 8 ? 4 : (MAX_ROWS - 8 * group + 1) / 2; }
+constexpr int SUMS_BYTES = 2 * NUM_WARPS * 8 * ((MAX_ROWS + 1) / 2) * 16;  // two buffers of the warps' partial sums
+constexpr int SQUARE_PITCH = 8 * COLUMN_GROUPS;  // words of a tile's sums of squares
+constexpr int NORM_ROWS = MAX_ROWS <= 8 ? MAX_ROWS : MAX_ROWS / 2;  // a thread holds as many rows at once
 
-static_assert(MAX_ROWS == 1 || MAX_ROWS == 2 || MAX_ROWS == 4 || MAX_ROWS == 8, "rows are columns of one mma");
+static_assert(MAX_ROWS <= 8 ? 8 % MAX_ROWS == 0 : MAX_ROWS == 12 || MAX_ROWS == 16, "rows are columns of two mma");
 static_assert(HIDDEN % 128 == 0 && HIDDEN <= 3072, "a thread holds at most 8 columns of a row");
 static_assert(INTERMEDIATE % 128 == 0 && INTERMEDIATE <= 1536, "an expert's activation is one slot wide");
 static_assert(Q_WIDTH % O_PARTS == 0 && OutputShape::SLOTS % O_PARTS == 0, "parts of O are whole slots");
@@ -136,5 +150,6 @@ static_assert(GROUP * NUM_KV_HEADS == NUM_HEADS && GROUP <= 8, "query heads of a
 static_assert(COMBINE_OUTPUTS * 8 == NUM_THREADS, "eight splits' worth of outputs fill the threads");
 static_assert(NUM_EXPERTS <= 256 && NUM_EXPERTS % 8 == 0 && TOP_K <= 8, "a warp's lanes hold 8 experts each");
 static_assert(GATE_CTAS <= NUM_CTAS && ATTENTION_CTAS <= NUM_CTAS, "too few multiprocessors");
-static_assert(ATTENTION_WARPS * GROUP * MERGE_PITCH * 4 <= ACT_BYTES + SUMS_BYTES, "partial outputs do not fit");
+static_assert(ATTENTION_BYTES <= ACT_BYTES + SUMS_BYTES, "attention does not fit");
+static_assert(MAX_ROWS > 1 || TOP_K * UP_BYTES <= ACT_BYTES, "activations of a row's experts do not fit");
 static_assert(HIDDEN * 4 * GATE_ROWS <= RING_SLOT_BYTES, "rows of the router are one slot");

@@ -36,7 +36,7 @@ struct Params {
   // workspace
   i64* residual;  // [MAX_ROWS][HIDDEN], residual.cuh
   u64* qkv_words;  // [MAX_ROWS][QKV_WIDTH]
-  u64* square_words;  // [QKV_WIDTH / 16][8]: sum of squares of a tile's rows, a column each
+  u64* square_words;  // [QKV_WIDTH / 16][SQUARE_PITCH]: sum of squares of a tile's rows, a column each
   u64* partial_words;  // [ATTENTION_CTAS][MAX_ROWS][GROUP][PARTIAL_PITCH]
   u64* attention_words;  // [MAX_ROWS][Q_WIDTH / 2]: pairs of f16
   u64* router_words;  // [MAX_ROWS][NUM_EXPERTS]
@@ -73,23 +73,19 @@ struct Params {
 struct Shared {
   u64 full[RING_SLOTS];
   u64 empty[RING_SLOTS];
-  u64 routed;  // the layer's experts are listed
-  u64 rows_known;  // the step's rows are set, once a launch
+  u64 routed;  // the layer's experts are listed: an arrival of each lane of the warp that lists them
+  u64 rows_known;  // the step's rows are set, once a launch: an arrival of each consumer
   int code[RING_SLOTS];  // tile in the slot, LAST_TILE, or NO_TILE
   int blocks[CACHED_BLOCKS];
-  __align__(16) u16 query[8 * 136];  // bf16 or f16 [head][128 + 8]: the pitch spreads rows over banks
-  float warp_max[ATTENTION_WARPS][GROUP];
-  float warp_total[ATTENTION_WARPS][GROUP];
-  float warp_sums[NUM_WARPS][max_of(3 * MAX_ROWS, 4)];
+  float warp_sums[NUM_WARPS][max_of(3 * NORM_ROWS, 4)];
   float rotary[MAX_ROWS][ROTARY_DIM];  // cosines, sines
   float new_scales[2 * UNIT_TOKENS];  // of the new unit's keys and values, dynamic FP8; only its first token has one
-  float pair_weight[MAX_PAIRS][MAX_ROWS];  // routing weight of (place in expert_list, row)
+  u8 pair_rank[MAX_PAIRS][MAX_ROWS];  // of (place in expert_list, row): which of the row's experts it is
   u32 expert_list[MAX_PAIRS];  // expert | rows that chose it << 16, ascending
   int num_experts;
   int last_cta;
-  u32 expert_rows[NUM_EXPERTS / 4];  // a byte an expert: rows that chose it
   u8 expert_place[NUM_EXPERTS];
-  int chosen[MAX_PAIRS];
+  u8 chosen[MAX_PAIRS];  // experts of a row, by rank
   float chosen_weight[MAX_PAIRS];
   // The step's rows, the same in all layers.
   u64 started;  // nanoseconds
