@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from saddle.kernels import paged_decode, paged_prefill, qk_rope, quant
+from saddle.kernels import paged_decode, paged_prefill, prompt_attention, qk_rope, quant
 from saddle.kernels.target import detect
 from tests.support.paged_attention import EPS, Case, make_case, reference, relative_error
 
@@ -120,6 +120,75 @@ def test_split_prefill(lens: list[int], new: list[int], kind: str) -> None:
         assert bool(work.stats[:4].isfinite().any()), "nothing was split"
         assert relative_error(quant.dequantise(outs[0]), expected) < LIMITS[kind] + (FP8_OUT if a8 else 0)
         assert torch.equal(outs[0].data.view(torch.uint8), outs[1].data.view(torch.uint8))
+
+
+PROMPTS = [
+    ([1], [1]), ([21], [21]), ([22, 64], [22, 43]), ([127], [127]), ([128], [128]), ([129], [129]), ([2048], [2048]),
+    ([5000], [33]), ([300, 128, 1000], [2, 128, 999]), ([8192], [8192]), ([40000], [500]),
+    ([64] * 40, [64, 1, 2, 63] * 10), ([3 * row + 1 for row in range(100)], [row + 1 for row in range(100)]),
+]  # fmt: skip
+
+
+def wgmma_for(case: Case) -> prompt_attention.PromptAttention:
+    target = detect()
+    if target.capability != 90:
+        pytest.skip(f"NOT TESTED: the wgmma kernel is for sm_90, this is {target.arch}")
+    return prompt_attention.PromptAttention(case.kv, case.heads, target)
+
+
+@pytest.mark.parametrize(("lens", "new"), PROMPTS, ids=lambda lens: f"{len(lens)}x{max(lens)}")
+def test_wgmma_prefill(lens: list[int], new: list[int]) -> None:
+    for a8, heads, kv_heads in ((True, 48, 8), (False, 12, 2), (False, 16, 2), (True, 3, 3)):
+        case = make_case(lens, new, heads=heads, kv_heads=kv_heads, device="cuda", seed=len(lens))
+        expected = reference(case)
+        q, kernel = queries(case), wgmma_for(case)
+        outs = [new_out(case, a8) for _ in range(2)]
+        for out in outs:
+            paged_prefill.prefill(q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens,
+                                  0, len(lens), case.num_tokens, out, detect(), wgmma=kernel)  # fmt: skip
+        assert relative_error(quant.dequantise(outs[0]), expected) < LIMITS["bf16"] + (FP8_OUT if a8 else 0)
+        assert torch.equal(outs[0].data.view(torch.uint8), outs[1].data.view(torch.uint8))
+
+
+@pytest.mark.parametrize("splits", [None, 2, 3, 7])
+@pytest.mark.parametrize(("lens", "new"), [([30000], [60]), ([9000, 64, 2000], [1, 64, 133])], ids=str)
+def test_wgmma_splits(lens: list[int], new: list[int], splits: int | None) -> None:
+    """Split keys, also parts without any key."""
+    work = paged_prefill.PrefillWork.allocate(detect(), torch.device("cuda"))
+    case = make_case(lens, new, device="cuda", seed=len(lens))
+    expected = reference(case)
+    q, out, kernel = queries(case), new_out(case, False), wgmma_for(case)
+    for scratch in (work.partial, work.stats):
+        scratch.fill_(float("nan"))
+    common = (q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens, 0, len(lens),
+              case.num_tokens, out)  # fmt: skip
+    if splits is None:
+        paged_prefill.prefill(*common, detect(), 0, work, max(lens), kernel)
+    else:
+        paged_prefill.launch_wgmma(kernel, *common, 0, work, splits)
+    assert bool(work.stats[:4].isfinite().any()), "nothing was split"
+    assert relative_error(out.data, expected) < LIMITS["bf16"]
+
+
+def test_wgmma_beside_decoding_rows_in_a_graph() -> None:
+    """The rows behind those that decode, replayed; what is not theirs stays unwritten."""
+    case = make_case([700, 1, 0, 65, 900, 40], [1, 1, 0, 1, 300, 40], device="cuda")
+    expected = reference(case)
+    q, out, kernel = queries(case), new_out(case, False), wgmma_for(case)
+
+    def attend() -> None:
+        paged_prefill.prefill(q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens, 4, 2,
+                              case.num_tokens - 4, out, detect(), wgmma=kernel)  # fmt: skip
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    for _ in range(3):
+        out.data.fill_(float("nan"))
+        graph.replay()
+        assert bool(out.data[:4].isnan().all())
+        assert relative_error(out.data[4:], expected[4:]) < LIMITS["bf16"]
 
 
 def test_mixed_step() -> None:

@@ -17,6 +17,7 @@ this step are in memory, and queries carry the softmax's factor.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,13 @@ from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import BLOCK_SIZE, CHUNK_BYTES, HEAD_DIM, STATIC, UNSCALED, KVLayer, swizzled
 
 if TYPE_CHECKING:
+    from saddle.kernels.prompt_attention import PromptAttention
     from saddle.kernels.quant import Activation
     from saddle.kernels.target import Target
 
 
 # Tiles that a multiprocessor holds at once, for which the splits are chosen.
 PROGRAMS_PER_SM = 2
-# What a split costs beside its keys, and what writing and adding up a chip full of partial results costs, in turns of
-# the loop (64 keys of 128 rows: about 2 microseconds on an H100 that is full).
-SPLIT_COST, COMBINE_COST = 3, 8
 MAX_SPLITS = 16
 COMBINED_ROWS = 16  # of a tile, by one program
 # Prompt rows of a step: a bound, so that one compiled kernel serves every step.
@@ -57,6 +56,21 @@ class PrefillTiles:
     num_stages: int
     max_registers: int | None = None
     masked_stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCosts:
+    """What a part costs beside its keys, and what writing and adding up a chip full of partial results costs, in turns
+    of the loop."""
+
+    part: float
+    combine: float
+
+
+# A turn is 64 keys of 128 rows, two programs a multiprocessor: about 2 microseconds on an H100 that is full.
+TRITON_COSTS = SplitCosts(3, 8)
+# A turn is 128 keys of 128 rows, one block a multiprocessor: about 1.5 microseconds.
+WGMMA_COSTS = SplitCosts(3, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +100,21 @@ class PrefillWork:
         return len(self.partial) // 2
 
 
-def choose_splits(num_programs: int, num_turns: int, work: PrefillWork) -> int:
-    """Into how many parts to cut the keys of every tile: rounds of programs times the turns of each, and the costs."""
+@functools.lru_cache(1024)  # the same for all layers of a step
+def choose_splits(num_programs: int, num_turns: int, num_slots: int, num_parts: int, costs: SplitCosts) -> int:
+    """Into how many parts to cut the keys of every tile: rounds of programs times the turns of each, and the costs.
+
+    Args:
+        num_slots: programs that the chip holds at once.
+        num_parts: for which there is memory.
+    """
 
     def cost(splits: int) -> float:
         programs = num_programs * splits
-        combine = 0.0 if splits == 1 else COMBINE_COST * max(1.0, programs / work.num_slots)
-        return -(-programs // work.num_slots) * (num_turns / splits + SPLIT_COST) + combine
+        combine = 0.0 if splits == 1 else costs.combine * max(1.0, programs / num_slots)
+        return -(-programs // num_slots) * (num_turns / splits + costs.part) + combine
 
-    most = max(1, min(MAX_SPLITS, len(work.partial) // num_programs))
+    most = max(1, min(MAX_SPLITS, num_parts // num_programs))
     return min(range(1, most + 1), key=cost)
 
 
@@ -321,7 +341,7 @@ def _combine_kernel(
 def prefill(
     q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor, query_starts: torch.Tensor,
     context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, target: Target,
-    pdl: int = 0, work: PrefillWork | None = None, max_context: int = 0,
+    pdl: int = 0, work: PrefillWork | None = None, max_context: int = 0, wgmma: PromptAttention | None = None,
 ) -> None:  # fmt: skip
     """Attend for the new tokens of the rows first_row to first_row + num_rows of a step.
 
@@ -332,19 +352,33 @@ def prefill(
         num_tokens: at least the number of new tokens of these rows.
         out: [T, heads * 128], see `Activation`; written for these rows' tokens.
         work, max_context: memory for splits and a bound on the rows' contexts; without them nothing is split.
+        wgmma: the kernel that takes the place of Triton's, where there is one.
     """
+    if not _anything(num_rows, num_tokens):
+        return
+    group = q.shape[1] // HEAD_DIM // kv.num_kv_heads
+    if wgmma is not None:
+        splits = 1
+        if work is not None:
+            num_programs = _max_tiles(group, num_tokens, num_rows, wgmma.LINES) * kv.num_kv_heads
+            turns = -(-max_context // wgmma.KEYS)
+            splits = choose_splits(num_programs, turns, wgmma.num_blocks, len(work.partial), WGMMA_COSTS)
+        launch_wgmma(wgmma, q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, num_tokens,
+                     out, pdl, work, splits)  # fmt: skip
+        return
     tiles = prefill_tiles(target, kv.scale_kind)
     splits = 1
     if work is not None:
-        num_tiles = _max_tiles(q.shape[1] // HEAD_DIM // kv.num_kv_heads, num_tokens, num_rows, tiles)
-        splits = choose_splits(num_tiles * kv.num_kv_heads, -(-max_context // tiles.keys), work)
+        num_programs = _max_tiles(group, num_tokens, num_rows, tiles.rows) * kv.num_kv_heads
+        turns = -(-max_context // tiles.keys)
+        splits = choose_splits(num_programs, turns, work.num_slots, len(work.partial), TRITON_COSTS)
     launch(q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, num_tokens, out, tiles, pdl,
            work, splits)  # fmt: skip
 
 
-def _max_tiles(group: int, num_tokens: int, num_rows: int, tiles: PrefillTiles) -> int:
+def _max_tiles(group: int, num_tokens: int, num_rows: int, lines: int) -> int:
     """Each row ends in at most one tile that is not full."""
-    return num_tokens // (tiles.rows // group) + num_rows
+    return num_tokens // (lines // group) + num_rows
 
 
 def launch(
@@ -352,23 +386,17 @@ def launch(
     context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, tiles: PrefillTiles,
     pdl: int, work: PrefillWork | None = None, splits: int = 1,
 ) -> None:  # fmt: skip
-    """`prefill` with tiles and splits of the caller's choice."""
+    """`prefill` by Triton's kernel, with tiles and splits of the caller's choice."""
     num_heads, kv_heads = q.shape[1] // HEAD_DIM, kv.num_kv_heads
     group = num_heads // kv_heads
     if num_heads != group * kv_heads or group > tiles.rows or tiles.keys % BLOCK_SIZE:
         raise ValueError(f"tiles of {tiles.rows} x {tiles.keys} do not take {num_heads} heads over {kv_heads}")
-    if num_rows > MAX_ROWS:
-        raise ValueError(f"a step takes at most {MAX_ROWS} prompts, not {num_rows}")
-    if num_rows == 0 or num_tokens == 0:
+    if not _anything(num_rows, num_tokens):
         return
     options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     registers = {} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}
-    num_tiles = _max_tiles(group, num_tokens, num_rows, tiles)
-    partial = stats = None
-    if splits > 1:
-        if work is None or num_tiles * kv_heads * splits * tiles.rows > work.partial.shape[0] * work.partial.shape[1]:
-            raise ValueError(f"{splits} parts of {num_tiles} tiles have no room for their results")
-        partial, stats = work.partial, work.stats
+    num_tiles = _max_tiles(group, num_tokens, num_rows, tiles.rows)
+    partial, stats = _room(num_tiles * kv_heads, tiles.rows, splits, work)
     enqueue(
         _prefill_kernel, (kv_heads, num_tiles, splits),
         q, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables, block_tables.stride(0), row_ids, query_starts,
@@ -377,8 +405,55 @@ def launch(
         kv.scale_kind, splits > 1, out.scale is not None, pdl, num_warps=tiles.num_warps, **registers, **options,
     )  # fmt: skip
     if splits > 1:
-        enqueue(
-            _combine_kernel, (kv_heads, num_tiles, tiles.rows // COMBINED_ROWS),
-            query_starts, first_row, num_rows, splits, partial, stats, out.data, out.scale, kv_heads, group, tiles.rows,
-            COMBINED_ROWS, MAX_ROWS, out.scale is not None, pdl, num_warps=4, **options,
-        )  # fmt: skip
+        _combine(query_starts, first_row, num_rows, splits, partial, stats, out, kv_heads, group, tiles.rows,
+                 num_tiles, pdl)  # fmt: skip
+
+
+def launch_wgmma(
+    wgmma: PromptAttention, q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor,
+    query_starts: torch.Tensor, context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int,
+    out: Activation, pdl: int, work: PrefillWork | None = None, splits: int = 1,
+) -> None:  # fmt: skip
+    """`prefill` by the wgmma kernel, with splits of the caller's choice."""
+    if not _anything(num_rows, num_tokens):
+        return
+    kv_heads = kv.num_kv_heads
+    group = q.shape[1] // HEAD_DIM // kv_heads
+    num_tiles = _max_tiles(group, num_tokens, num_rows, wgmma.LINES)
+    if num_tiles > wgmma.MAX_TILES:
+        raise ValueError(f"a step takes at most {wgmma.MAX_TILES} tiles of prompts, not {num_tiles}")
+    partial, stats = _room(num_tiles * kv_heads, wgmma.LINES, splits, work)
+    wgmma.attend(q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, out, partial, stats,
+                 splits)  # fmt: skip
+    if splits > 1:
+        _combine(query_starts, first_row, num_rows, splits, partial, stats, out, kv_heads, group, wgmma.LINES,
+                 num_tiles, pdl)  # fmt: skip
+
+
+def _anything(num_rows: int, num_tokens: int) -> bool:
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"a step takes at most {MAX_ROWS} prompts, not {num_rows}")
+    return num_rows > 0 and num_tokens > 0
+
+
+def _room(
+    num_programs: int, lines: int, splits: int, work: PrefillWork | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Memory for the parts' results, if there are parts."""
+    if splits == 1:
+        return None, None
+    if work is None or num_programs * splits * lines > work.partial.shape[0] * work.partial.shape[1]:
+        raise ValueError(f"{splits} parts of {num_programs} tiles have no room for their results")
+    return work.partial, work.stats
+
+
+def _combine(
+    query_starts: torch.Tensor, first_row: int, num_rows: int, splits: int, partial: torch.Tensor | None,
+    stats: torch.Tensor | None, out: Activation, kv_heads: int, group: int, lines: int, num_tiles: int, pdl: int,
+) -> None:  # fmt: skip
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    enqueue(
+        _combine_kernel, (kv_heads, num_tiles, lines // COMBINED_ROWS),
+        query_starts, first_row, num_rows, splits, partial, stats, out.data, out.scale, kv_heads, group, lines,
+        COMBINED_ROWS, MAX_ROWS, out.scale is not None, pdl, num_warps=4, **options,
+    )  # fmt: skip

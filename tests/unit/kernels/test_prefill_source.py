@@ -1,0 +1,76 @@
+"""The wgmma kernel for attention of prompts without a GPU: it compiles without spills, host and device agree on its
+parameters, and what it cannot serve is refused with the reason."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+import torch
+
+from saddle.kernels import nvrtc, prompt_attention
+from saddle.kernels.paged_kv import KVLayer
+from saddle.kernels.target import of_arch
+from tests.support.cubin import local_bytes
+
+SOURCES = prompt_attention.sources()
+TEXT = "\n".join(SOURCES.values())
+H100 = of_arch("sm_90")
+
+
+def memory(kv_heads: int = 8, dtype: torch.dtype = torch.bfloat16) -> KVLayer:
+    return KVLayer(torch.empty(3, 2, kv_heads, 64, 128, dtype=dtype, device="meta"))
+
+
+def test_parameters_are_the_same_on_both_sides() -> None:
+    body = re.search(r"struct Params {\n(.*?)\n};", SOURCES["prefill_work.cuh"], re.S)
+    assert body is not None
+    theirs = re.findall(r"^  (?:const )?(\w+)(\*)? (\w+);", body.group(1), re.M)
+    mine = [entry[:2] for entry in prompt_attention.Params._fields_ if entry[0] != "padding"]
+    assert [name for *_, name in theirs] == [name for name, _ in mine]
+    for (kind, pointer, name), (_, type_) in zip(theirs, mine, strict=True):
+        right = ctypes.c_void_p if pointer else ctypes.c_int if kind == "int" else ctypes.c_uint64 * 16
+        assert type_ is right, name
+    assert ctypes.sizeof(prompt_attention.Params) % 64 == 0
+
+
+def test_constants_are_the_same_on_both_sides() -> None:
+    values = dict(re.findall(r"^constexpr int (\w+) = (\d+);", TEXT, re.M))
+    assert int(values["LINES"]) == prompt_attention.LINES
+    assert int(values["CONSUMERS"]) + 128 == prompt_attention.BLOCK_THREADS
+
+
+def test_sizes() -> None:
+    for name, text in SOURCES.items():
+        lines = text.splitlines()
+        assert len(lines) <= 500 and max(map(len, lines)) <= 140, name
+        assert text.startswith("//"), f"{name} does not say why it exists"
+
+
+def test_what_does_not_fit_is_refused_with_the_reason() -> None:
+    assert prompt_attention.unsupported(memory(), 48, H100) is None
+    assert prompt_attention.unsupported(memory(2), 12, H100) is None
+    for kv, heads, word in (
+        (memory(8, torch.float8_e4m3fn), 48, "bfloat16"), (memory(8), 44, "44 query heads"),
+        (memory(1), 129, "129 query heads"),
+    ):  # fmt: skip
+        assert word in (prompt_attention.unsupported(kv, heads, H100) or ""), word
+    for arch in ("sm_89", "sm_100", "gfx942"):
+        assert arch in (prompt_attention.unsupported(memory(), 48, of_arch(arch)) or "")
+
+
+def test_without_a_gpu_the_start_says_why() -> None:
+    found, line = prompt_attention.prepare(memory(), 48, H100)
+    assert found is None and "Triton kernel" in line and "meta" in line
+
+
+@pytest.mark.parametrize("heads", [(48, 8), (12, 2), (16, 2), (7, 7)], ids=str)
+def test_compiles(heads: tuple[int, int]) -> None:
+    try:
+        version = nvrtc.nvrtc_version()
+    except nvrtc.CudaError as error:
+        pytest.skip(f"NOT TESTED: {error}")
+    cubin = nvrtc.compile_cubin("prefill.cu", SOURCES, prompt_attention.compile_options(*heads))
+    # A spilled word is harmless; more would mean that products do not run beside the softmax.
+    assert cubin[:4] == b"\x7fELF" and local_bytes(cubin, "prefill") <= 32, version
