@@ -311,6 +311,8 @@ def test_what_cannot_be_compiled_is_refused(
         with pytest.raises(openai.BadRequestError) as raised:
             chat(client, stream=stream, **fields)
         assert raised.value.param == param
+        body: Any = raised.value.body
+        assert body["message"].startswith(param), "in Anthropic's errors there is no other place for it"
     assert server.metrics()["engine_steps_total"] == before, "refused before a token was made"
 
 

@@ -295,5 +295,8 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
 
 
 def _fresh(error: BaseException, param: str) -> BaseException:
-    """The refusal of a kept grammar for another request: with its own field, without the first one's traceback."""
-    return InvalidRequest(error.message, param) if isinstance(error, InvalidRequest) else error
+    """The refusal of a kept grammar for another request: with its own field, without the first one's traceback.
+
+    The field is in the message too: not every API has another place for it.
+    """
+    return InvalidRequest(f"{param}: {error.message}", param) if isinstance(error, InvalidRequest) else error

@@ -196,6 +196,8 @@ def _tools(tools: Sequence[Any] | None) -> list[dict[str, Any]] | None:
     for number, tool in enumerate(tools):
         where = f"tools.{number}"
         _require(isinstance(tool, dict), where, "an object", tool)
+        kind = tool.get("type")
+        _require(kind in (None, "function"), f"{where}.type", "function", kind)
         function = tool.get("function", {key: value for key, value in tool.items() if key not in ("type", "strict")})
         _require(isinstance(function, dict), f"{where}.function", "an object", function)
         name = function.get("name")

@@ -37,6 +37,7 @@ REFUSED: dict[str, str] = {
     "guided_whitespace_pattern": "leave it out",
     "prompt_embeds": "send text or token ids",
 }
+ASK_EMPTY = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # that ask for something empty too
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_tokens", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n", "prompt_logprobs",
@@ -83,7 +84,8 @@ def sampling_params(
 def refuse_unsupported(body: SamplingBody) -> None:
     """Raise for a known field that asks for something this version does not do."""
     for name, instead in REFUSED.items():
-        if getattr(body, name, None):
+        value = getattr(body, name, None)
+        if value or (name in ASK_EMPTY and value is not None):
             raise InvalidRequest(f"{name} is not supported by this version: {instead}.", param=name)
     if body.stream_interval not in (None, 1):
         raise InvalidRequest("stream_interval must be 1: every step's tokens are sent at once.",

@@ -140,6 +140,7 @@ def test_refused_messages(messages: list[Any], param: str) -> None:
     (["x"], "tools.0"), ([{"function": {"name": "f"}}, {"type": "function"}], "tools.1.function.name"),
     ([{"function": 5}], "tools.0.function"), ([{"function": {"name": 5}}], "tools.0.function.name"),
     ([{"function": {"name": "f", "parameters": "x"}}], "tools.0.function.parameters"),
+    ([{"type": "custom", "custom": {"name": "f"}}], "tools.0.type"), ([{"type": 5, "name": "f"}], "tools.0.type"),
 ])  # fmt: skip
 def test_refused_tools(tools: list[Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -109,6 +109,7 @@ CASES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"messages": HI, "thinking_token_budget": 5, "reasoning_effort": "none"}, 400, "thinking_token_budget",
      "reasoning_effort none"),
     (CHAT, {"messages": HI, "guided_json": {"type": "object"}}, 400, "guided_json", "structured_outputs.json"),
+    (CHAT, {"messages": HI, "guided_json": {}}, 400, "guided_json", "structured_outputs.json"),
     (TEXT, {"prompt": "a", "guided_regex": "a"}, 400, "guided_regex", "structured_outputs.regex"),
     (TEXT, {"prompt": "a", "guided_choice": ["a"]}, 400, "guided_choice", "structured_outputs.choice"),
     (TEXT, {"prompt": "a", "guided_grammar": "a"}, 400, "guided_grammar", "structured_outputs.grammar"),
@@ -185,7 +186,7 @@ async def test_ten_errors_at_most_and_short(tokenizer: Tokenizer) -> None:
 
 
 async def test_unknown_fields_are_ignored(tokenizer: Tokenizer) -> None:
-    extra = {"store": False, "metadata": {"a": 1}, "user": "me", "service_tier": "auto", "guided_json": {}, "zzz": 1}
+    extra = {"store": False, "metadata": {"a": 1}, "user": "me", "service_tier": "auto", "guided_json": None, "zzz": 1}
     async with running(tokenizer, words(tokenizer, "x")) as server:
         status, _ = await server.post(CHAT, {"messages": HI, **extra})
     assert status == 200
