@@ -29,6 +29,7 @@ from saddle.model.config import ModelConfig
 from saddle.model.packed import Formats
 
 ALIGNMENT = 256
+MAX_VIEWS = 64  # steps whose views are kept: those of graphs and some others
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class Workspace:
         self.router = RouterWork.allocate(tokens, hidden, config.num_experts, config.num_experts_per_tok, device)
         self.decode = DecodeWork.allocate(rows, config.num_kv_heads, target, device)
         self.prefill = PrefillWork.allocate(target, device)
+        self._views: dict[int, Buffers] = {}
         self.hidden = torch.zeros(rows, hidden, dtype=torch.bfloat16, device=device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
 
@@ -125,7 +127,15 @@ class Workspace:
         return plain + shared + self._h.num_bytes + self._attn.num_bytes + work
 
     def buffers(self, num_tokens: int) -> Buffers:
-        """Views for a step; call it once a step."""
+        """Views for a step."""
+        found = self._views.get(num_tokens)
+        if found is None:
+            if len(self._views) == MAX_VIEWS:
+                self._views.clear()
+            found = self._views[num_tokens] = self._make_views(num_tokens)
+        return found
+
+    def _make_views(self, num_tokens: int) -> Buffers:
         rows = slice(0, num_tokens)
         *_, qkv, q, o_parts, active, pairs = self._lay_out(num_tokens, self._arena, self._pairs)
         top_k = self._config.num_experts_per_tok
