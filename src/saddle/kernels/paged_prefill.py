@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # Tiles that a multiprocessor holds at once, for which the splits are chosen.
 PROGRAMS_PER_SM = 2
 MAX_SPLITS = 16
+MIN_SPLIT_TURNS = 16  # below, a split gains less than it costs, however few tiles there are
 COMBINED_ROWS = 16  # of a tile, by one program
 # Prompt rows of a step: a bound, so that one compiled kernel serves every step.
 MAX_ROWS = 1024
@@ -114,6 +115,8 @@ def choose_splits(num_programs: int, num_turns: int, num_slots: int, num_parts: 
         combine = 0.0 if splits == 1 else costs.combine * max(1.0, programs / num_slots)
         return -(-programs // num_slots) * (num_turns / splits + costs.part) + combine
 
+    if num_turns < MIN_SPLIT_TURNS:
+        return 1
     most = max(1, min(MAX_SPLITS, num_parts // num_programs))
     return min(range(1, most + 1), key=cost)
 

@@ -29,7 +29,17 @@ from pathlib import Path
 import torch
 
 from saddle.errors import StartupError
-from saddle.kernels import experts, fused_norm, grouped, linear, paged_decode, paged_prefill, qk_rope, router
+from saddle.kernels import (
+    experts,
+    fused_norm,
+    grouped,
+    linear,
+    paged_decode,
+    paged_prefill,
+    prompt_attention,
+    qk_rope,
+    router,
+)
 from saddle.kernels.norm_rope import rotary_table
 from saddle.kernels.nvrtc import CudaError
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
@@ -89,6 +99,8 @@ class FusedMiniMaxM2:
         self.space = Workspace(config, kinds, target, max_tokens, max_rows, device)
         first, top_k = weights.layers[0], config.num_experts_per_tok
         self.grouped, self._experts_path = grouped.prepare(first.w13, first.w2, top_k, target, cache_dir)
+        self.prompt_attention: prompt_attention.PromptAttention | None = None
+        self._attention_path = "attention of prompts: not chosen before there is KV memory"
         self.persistent: PersistentDecode | None = None
         self._not_persistent = unsupported(target, decode_shape(config), weights)
         self.cos, self.sin = rotary_table(config.rotary_dim, config.rope_theta, max_positions, torch.float32, device)
@@ -117,7 +129,7 @@ class FusedMiniMaxM2:
             decode = f"decode steps: no persistent kernel, because {self._not_persistent}"
         else:
             decode = f"decode steps of up to {MAX_ROWS} rows: the persistent kernel, one launch a step"
-        return [line, decode, self._experts_path]
+        return [line, decode, self._experts_path, self._attention_path]
 
     def path_of(self, num_rows: int) -> str:
         """What a decode step of so many rows runs through."""
@@ -130,7 +142,8 @@ class FusedMiniMaxM2:
     def allocate_kv(self, num_blocks: int, block_size: int, kind: str) -> KVMemory:
         """KV memory of `num_blocks` blocks, zeros; kinds as in `kv_memory`.
 
-        The persistent kernel, where it runs, is made for this memory: later steps must use it.
+        The persistent kernel, where it runs, is made for this memory: later steps must use it. Its type also decides
+        what attends for prompts.
 
         Raises:
             StartupError: blocks are not of 64 tokens.
@@ -140,6 +153,9 @@ class FusedMiniMaxM2:
         scales = [layer.kv_scales for layer in self.weights.layers]
         device = self.weights.embed.device
         kv = KVMemory.allocate(self.config, num_blocks, kind, scales, device, self.target.fp8_dtype)
+        self.prompt_attention, self._attention_path = prompt_attention.prepare(
+            kv.layers[0], self.config.num_heads, self.target, self._cache_dir
+        )
         if self._not_persistent is None and device.type == "cuda":
             try:
                 self.persistent = PersistentDecode(
@@ -275,7 +291,7 @@ class FusedMiniMaxM2:
         paged_prefill.prefill(
             work.q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
             num_rows - decodes, inputs.num_prompt_tokens, work.attn, self.target, pdl, self.space.prefill,
-            inputs.max_context_len,
+            inputs.max_context_len, self.prompt_attention,
         )  # fmt: skip
 
     def project(self, layer: PackedLayer, work: Buffers) -> None:
