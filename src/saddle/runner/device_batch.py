@@ -16,7 +16,7 @@ import torch
 from saddle.kernels import step_inputs
 from saddle.model.inputs import DeviceInputs
 from saddle.protocol import RowWork
-from saddle.runner.device_rows import DeviceRows
+from saddle.runner.device_rows import DeviceRows, host_int32
 
 ALIGNMENT = 4  # int32 numbers: parts of a buffer begin at 16 bytes, so that kernels see equally aligned pointers
 
@@ -146,7 +146,7 @@ class DeviceBatcher:
         return DeviceBatch(inputs, work, inputs.row_ids, inputs.context_lens, [], size)
 
     def _send(self, numbers: list[int]) -> None:
-        wanted = torch.tensor(numbers, dtype=torch.int32, pin_memory=self._meta.is_cuda)
+        wanted = host_int32(numbers, self._meta.is_cuda)
         if not torch.equal(wanted, self._host):
             # Pinned memory is a new piece each time: a copy that waits behind a step in flight is not overwritten.
             self._meta.copy_(wanted, non_blocking=True)
@@ -248,8 +248,8 @@ class DeviceBatcher:
         for part in parts:
             packed += part
             packed += [0] * (aligned(len(part)) - len(part))
-        pinned = torch.tensor(packed, dtype=torch.int32, pin_memory=self._rows.device.type == "cuda")
-        return _cut(pinned.to(self._rows.device, non_blocking=True), counts)
+        device = self._rows.device
+        return _cut(host_int32(packed, device.type == "cuda").to(device, non_blocking=True), counts)
 
     def _is_scored(self, item: RowWork) -> bool:
         """Whether the row wants log-probabilities of its prompt, and this step computes any."""

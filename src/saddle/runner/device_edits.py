@@ -54,9 +54,9 @@ def device_edits_of(
         heads += word[:-1]
     if params.min_tokens:
         # Ids that cannot come need no ban, and EOS does not stop a request that ignores it.
-        stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)} & set(range(vocab_size))
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)}
         until = admit.num_prompt + params.min_tokens
-        entries += [(token_id, NEVER, until, 0, 0) for token_id in sorted(stops)]
+        entries += [(token_id, NEVER, until, 0, 0) for token_id in sorted(stops) if 0 <= token_id < vocab_size]
     if not entries and params.allowed_token_ids is None:
         return None
     return DeviceEdits(
