@@ -22,7 +22,7 @@ bent = st.builds(lambda schema, key, value: {"anyOf": [{**schema, key: value}]},
 SCHEMAS = plain | bent
 part_lists = st.lists(st.builds(lambda text: {"type": "text", "text": text}, texts), max_size=2)
 call = st.builds(lambda i, name, a: {"id": i, "type": "function", "function": {"name": name, "arguments": a}},
-                 st.sampled_from(["a", "b"]), st.sampled_from(["ls", "cp"]),
+                 mostly(st.sampled_from(["a", "b"])), mostly(st.sampled_from(["ls", "cp"])),
                  mostly(st.sampled_from(['{"p": "x"}', "{}", {"p": "x"}, ""])))  # fmt: skip
 user = st.fixed_dictionaries({"role": mostly(st.just("user")), "content": mostly(texts | part_lists)})
 system = st.fixed_dictionaries({"role": st.sampled_from(["system", "developer"]), "content": mostly(texts)})
@@ -96,10 +96,11 @@ items = mostly(texts) | st.lists(mostly(st.fixed_dictionaries(
     {"type": mostly(st.just("message")), "role": mostly(st.sampled_from(["user", "assistant", "system"])),
      "content": mostly(texts | st.lists(st.fixed_dictionaries({"type": st.just("input_text"), "text": texts})))},
 ) | st.fixed_dictionaries(
-    {"type": mostly(st.sampled_from(sorted(READ_ITEMS))), "call_id": st.sampled_from(["a", "b"]), "name": st.just("ls"),
+    {"type": mostly(st.sampled_from(sorted(READ_ITEMS))), "call_id": mostly(st.sampled_from(["a", "b"])), "name": mostly(st.just("ls")),
      "arguments": mostly(st.just('{"p": "x"}')), "output": mostly(texts), "role": st.just("assistant"),
      "content": mostly(st.lists(st.fixed_dictionaries({"type": st.just("reasoning_text"), "text": texts}), max_size=1)),
      "summary": st.just([])},
+    optional={"encrypted_content": mostly(texts), "id": mostly(st.just("fc_0123456789abcdef_0"))},
 )), min_size=1, max_size=4)  # fmt: skip
 response_bodies = merged(
     st.fixed_dictionaries({"input": items}),
