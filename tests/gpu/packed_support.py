@@ -20,6 +20,10 @@ def targets() -> list[Target]:
     return [*here, target.of_arch("sm_80")]
 
 
+def is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def fp8_weight(*shape: int, interleaved: bool = False) -> PackedMatrix:
     """Values of standard deviation about 1 / sqrt(K), scales differing from block to block."""
     weight = torch.empty(shape, device="cuda", dtype=torch.float8_e4m3fn)

@@ -14,8 +14,7 @@ from saddle.kernels.grouped import GroupedExperts
 from saddle.kernels.quant import Activation
 from saddle.kernels.tiles import PackedMatrix
 
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(not IS_HOPPER, reason="NO GPU OF sm_90: the wgmma kernels are not tested")
+pytestmark = pytest.mark.skipif(not support.is_hopper(), reason="NO GPU OF sm_90: the wgmma kernels are not tested")
 SIZES = (257, 300, 511, 1000, 2048, 8192)
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from saddle.kernels import linear, quant, tiles
+from saddle.kernels.grouped import GroupedLinear
+from saddle.kernels.target import Target
 
 pytestmark = support.needs_gpu
 
@@ -22,7 +24,7 @@ def seed() -> None:
 
 @pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fp8_weights(shape: str, chip: support.Target) -> None:
+def test_fp8_weights(shape: str, chip: Target) -> None:
     matrix = support.fp8_weight(*SHAPES[shape])
     values = tiles.dequantise(matrix).double()
     for size in support.SIZES:
@@ -37,6 +39,32 @@ def test_fp8_weights(shape: str, chip: support.Target) -> None:
         out = support.poisoned(size, matrix.num_rows, dtype=torch.bfloat16)
         linear.linear(a, matrix, out, chip)
         assert support.error(out, wanted) < BF16_ERROR, (size, "bf16")
+
+
+@pytest.mark.skipif(not support.is_hopper(), reason="NO GPU OF sm_90: the wgmma kernels are not tested")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wgmma(shape: str) -> None:
+    matrix, chip = support.fp8_weight(*SHAPES[shape]), support.targets()[0]
+    values = tiles.dequantise(matrix).double()
+    kernels = GroupedLinear(matrix, chip)
+    for size in (1, 63, 64, 65, 128, 129, 1000, 1024, 8192):
+        a = support.activation(torch.randn(size, matrix.num_cols, device="cuda") * 3, chip)
+        wanted = quant.dequantise(a).double() @ values.T
+        for dtype, bar in ((torch.float32, FP8_ERROR), (torch.bfloat16, BF16_ERROR)):
+            # A row more than there are tokens: nothing may be written behind the last one.
+            out = support.poisoned(size + 1, matrix.num_rows, dtype=dtype)
+            kernels(a, matrix, out[:size])
+            assert support.error(out[:size], wanted) < bar, (size, dtype)
+            assert out[size].isnan().all(), (size, dtype)
+            again = torch.full_like(out[:size], 7.0)
+            kernels(a, matrix, again)
+            assert torch.equal(out[:size], again), (size, "same bits")
+    a = support.activation(torch.randn(8192, matrix.num_cols, device="cuda"), chip)
+    parts = support.poisoned(1, 8192, matrix.num_rows)
+    linear.linear(a, matrix, parts, chip, 0, kernels)
+    direct = torch.empty_like(parts)
+    kernels(a, matrix, direct)
+    assert kernels.pays(8192) and torch.equal(parts, direct), "linear takes them where they pay"
 
 
 def test_a_wrong_scale_is_seen() -> None:

@@ -1,15 +1,18 @@
-"""The experts' products over many tokens on sm_90: CUDA C++ with wgmma, two launches over the packed weights.
+"""Products of FP8 weights and many tokens on sm_90: CUDA C++ with wgmma over the packed weights.
 
-The kernels are `cuda/grouped*.cu(h)`; this file says what they support, compiles them for a model's shape, and launches
-them. They compute what `experts` computes with its Triton kernels, from the same routing, into the same memory: FP8
-activations with a scale per 128 columns, products in the matrix units over 128 columns at a time, sums in float32. Work
-is claimed tile by tile at run time, so the host never waits and a CUDA graph may capture a launch.
+The kernels are `cuda/grouped*` (the experts' two products) and `cuda/dense.cu` (one weight for all tokens, by the same
+machinery); this file says what they support, compiles them for a model's shapes, and launches them. They compute what
+`experts` and `linear` compute with their Triton kernels, from the same routing, into the same memory: FP8 activations
+with a scale per 128 columns, products in the matrix units over 128 columns at a time, sums in float32. Work is claimed
+tile by tile at run time, so the host never waits and a CUDA graph may capture a launch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,13 @@ from saddle.version import VERSION
 logger = logging.getLogger(__name__)
 
 # As grouped_shapes.cuh.
-ROWS = 256
+PAIRS, ROWS = 128, 256
 BLOCK_THREADS = 384
-MAX_COLUMNS = 4096
 STAGES, STAGE_BYTES = 4, 48 * 1024
+SPARE_BYTES = 8192  # barriers, tiles, scales, and what the ring needs to begin at a multiple of 1,024
+# A dense product of fewer tokens, or one whose last round leaves more of the chip idle, is Triton's.
+MIN_DENSE_TOKENS = 1024
+MIN_DENSE_SHARE = 0.9
 # As cuda.h.
 TENSOR_MAP_BYTES = 128
 TYPE_UINT8, INTERLEAVE_NONE, SWIZZLE_128B, PROMOTION_256B, FILL_NONE = 0, 0, 3, 3, 0
@@ -47,53 +53,68 @@ class Params(ctypes.Structure):
     ]
 
 
-def unsupported(w13: PackedMatrix, w2: PackedMatrix, target: Target) -> str | None:
-    """Why the kernels cannot serve these weights on this GPU; None: they can."""
+def unsupported(w: PackedMatrix, target: Target) -> str | None:
+    """Why the kernels cannot multiply with this weight on this GPU; None: they can."""
     if target.capability != 90:
         return f"they need sm_90, this is {target.arch}"
-    if w13.format != Fp8Tiles() or w2.format != Fp8Tiles():
-        return f"they need FP8 tiles with scales of 128 columns, the experts are {w13.format} and {w2.format}"
-    if w2.num_rows % ROWS or w13.num_rows % ROWS:
-        return f"they need a hidden size that is a multiple of {ROWS}, not {w2.num_rows}"
-    if max(w13.num_cols, w2.num_cols) > MAX_COLUMNS or w13.data.shape[0] > BLOCK_THREADS:
-        return f"they are for at most {MAX_COLUMNS} columns and {BLOCK_THREADS} experts"
+    if w.format != Fp8Tiles():
+        return f"they need FP8 tiles with scales of 128 columns, not {w.format}"
+    if w.num_rows % ROWS:
+        return f"they need weights of a multiple of {ROWS} rows, not {w.num_rows}"
+    if w.data.dim() == 4 and w.data.shape[0] > BLOCK_THREADS:
+        return f"they are for at most {BLOCK_THREADS} experts, not {w.data.shape[0]}"
     return None
-
-
-def prepare(
-    w13: PackedMatrix, w2: PackedMatrix, top_k: int, target: Target, cache_dir: Path | None = None
-) -> tuple[GroupedExperts | None, str]:
-    """The kernels if they run here, and the line that says what computes the experts of many tokens, with the reason.
-
-    Args: as `GroupedExperts`.
-    """
-    why = unsupported(w13, w2, target)
-    if why is None and w13.data.device.type != "cuda":
-        why = f"the weights are on {w13.data.device.type}"
-    if why is None:
-        try:
-            line = f"experts of more than {MAX_FEW_TOKENS} tokens: wgmma kernels"
-            return GroupedExperts(w13, w2, top_k, target, cache_dir), line
-        except nvrtc.CudaError as error:
-            why = f"they do not compile here: {error}"
-            logger.warning("No wgmma kernels for experts: %s", error)
-    return None, f"experts of more than {MAX_FEW_TOKENS} tokens: Triton kernels, not wgmma ones, because {why}"
 
 
 def sources() -> dict[str, str]:
     """The kernels' files by name."""
-    return nvrtc.sources("grouped.cu")
+    return nvrtc.sources("grouped.cu") | nvrtc.sources("dense.cu")
 
 
-def compile_options(hidden: int, intermediate: int, num_experts: int, top_k: int) -> list[str]:
+def compile_options(**shape: int) -> list[str]:
     """Options of NVRTC for a shape."""
-    defines = {"HIDDEN": hidden, "INTERMEDIATE": intermediate, "NUM_EXPERTS": num_experts, "TOP_K": top_k}
     found = ["--gpu-architecture=sm_90a", "--std=c++17", "--device-as-default-execution-space"]
-    return [*found, *(f"-DSADDLE_{name}={value}" for name, value in defines.items())]
+    return [*found, *(f"-DSADDLE_{name.upper()}={value}" for name, value in shape.items())]
+
+
+class _Kernels:
+    """Kernels of one file for one shape, and how they are launched."""
+
+    def __init__(
+        self, file: str, names: tuple[str, ...], shape: dict[str, int], w: PackedMatrix, target: Target,
+        cache_dir: Path | None,
+    ) -> None:  # fmt: skip
+        device = w.data.device
+        self._device = device.index or 0
+        self._num_blocks = target.num_sms
+        self._queue = torch.zeros(2, dtype=torch.int32, device=device)
+        self._maps: dict[int, Any] = {}
+        tag = f"{target.arch}-{VERSION}"
+        cubin = nvrtc.cached_cubin(cache_dir, file, nvrtc.sources(file), compile_options(**shape), tag)
+        self._kernels = {name: nvrtc.Kernel(cubin, name, STAGES * STAGE_BYTES + SPARE_BYTES) for name in names}
+
+    def launch(
+        self, name: str, a: Activation, w: PackedMatrix, out: torch.Tensor, capacity: int, **others: torch.Tensor
+    ) -> None:
+        """Launch on the current stream; others: further pointers of `Params`."""
+        assert a.scale is not None
+        at = w.data.data_ptr()
+        if at not in self._maps:
+            self._maps[at] = tensor_map(w)
+        params = Params(self._maps[at], at, a.data.data_ptr(), a.scale.data_ptr(), capacity=capacity)
+        params.output, params.queue = out.data_ptr(), self._queue.data_ptr()
+        for field, tensor in others.items():
+            setattr(params, field, tensor.data_ptr())
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._kernels[name].launch_apart(self._num_blocks, BLOCK_THREADS, params, stream)
+
+    def spilled_bytes(self) -> dict[str, int]:
+        """Local memory a thread of each kernel."""
+        return {name: k.attribute(nvrtc.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES) for name, k in self._kernels.items()}
 
 
 class GroupedExperts:
-    """Both kernels for one shape of experts. Compiles on construction, never later.
+    """Both products of experts of one shape. Compiles on construction, never later.
 
     Args:
         w13, w2: of any layer; their shapes and formats are those of all.
@@ -107,47 +128,80 @@ class GroupedExperts:
     def __init__(
         self, w13: PackedMatrix, w2: PackedMatrix, top_k: int, target: Target, cache_dir: Path | None = None
     ) -> None:
-        why = unsupported(w13, w2, target)
+        why = unsupported(w13, target) or unsupported(w2, target)
         if why is not None:
-            raise ValueError(f"The grouped expert kernels do not run here: {why}.")
-        self._num_blocks = target.num_sms
-        self._queue = torch.zeros(2, dtype=torch.int32, device=w13.data.device)
-        self._maps: dict[int, Any] = {}
-        options = compile_options(w2.num_rows, w2.num_cols, w13.data.shape[0], top_k)
-        tag = f"{target.arch}-{VERSION}"
-        cubin = nvrtc.cached_cubin(cache_dir, "grouped.cu", sources(), options, tag)
-        shared = STAGES * STAGE_BYTES + 8192
-        self.kernels = {name: nvrtc.Kernel(cubin, f"grouped_{name}", shared) for name in ("up", "down")}
+            raise ValueError(f"The wgmma kernels do not run here: {why}.")
+        shape = {"hidden": w2.num_rows, "intermediate": w2.num_cols, "num_experts": len(w13.data), "top_k": top_k}
+        self.kernels = _Kernels("grouped.cu", ("grouped_up", "grouped_down"), shape, w13, target, cache_dir)
 
     def up(self, h: Activation, w13: PackedMatrix, work: RouterWork, act: Activation) -> None:
         """act [pairs, I] = silu(h W_1) * (h W_3) of every listed pair; rows of others are not written."""
-        self._launch("up", h, w13, work, act.data, act.scale)
+        assert act.scale is not None
+        self.kernels.launch("grouped_up", h, w13, act.data, work.lists.shape[1], counts=work.counts, lists=work.lists,
+                            output_scales=act.scale)  # fmt: skip
 
     def down(self, act: Activation, w2: PackedMatrix, work: RouterWork, out: torch.Tensor) -> None:
         """out [pairs, H] bf16 = weight times act W_2 of every listed pair."""
-        self._launch("down", act, w2, work, out, None)
+        self.kernels.launch("grouped_down", act, w2, out, work.lists.shape[1], counts=work.counts, lists=work.lists,
+                            shares=work.weights)  # fmt: skip
 
-    def _launch(
-        self, name: str, a: Activation, w: PackedMatrix, work: RouterWork, out: torch.Tensor,
-        scales: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        assert a.scale is not None
-        params = Params()
-        params.weights = self._map(w)
-        params.packed, params.input, params.input_scales = w.data.data_ptr(), a.data.data_ptr(), a.scale.data_ptr()
-        params.counts, params.lists = work.counts.data_ptr(), work.lists.data_ptr()
-        params.shares, params.output = work.weights.data_ptr(), out.data_ptr()
-        params.output_scales = 0 if scales is None else scales.data_ptr()
-        params.queue, params.capacity = self._queue.data_ptr(), work.lists.shape[1]
-        stream = torch._C._cuda_getCurrentRawStream(self._queue.get_device())
-        self.kernels[name].launch_apart(self._num_blocks, BLOCK_THREADS, params, stream)
 
-    def _map(self, w: PackedMatrix) -> Any:
-        """The tensor map of a matrix, made once."""
-        at = w.data.data_ptr()
-        if at not in self._maps:
-            self._maps[at] = tensor_map(w)
-        return self._maps[at]
+class GroupedLinear:
+    """y = x W^T for weights of one shape. Arguments and errors as `GroupedExperts`."""
+
+    def __init__(self, w: PackedMatrix, target: Target, cache_dir: Path | None = None) -> None:
+        why = unsupported(w, target)
+        if why is not None:
+            raise ValueError(f"The wgmma kernels do not run here: {why}.")
+        self._blocks, self._num_sms = w.num_rows // ROWS, target.num_sms
+        shape = {"columns": w.num_cols, "rows": w.num_rows}
+        self.kernels = _Kernels("dense.cu", ("dense_bf16", "dense_f32"), shape, w, target, cache_dir)
+
+    def pays(self, num_tokens: int) -> bool:
+        """Whether so many tokens are faster here than through Triton."""
+        tiles = -(-num_tokens // PAIRS) * self._blocks
+        rounds = -(-tiles // self._num_sms)
+        return num_tokens >= MIN_DENSE_TOKENS and tiles >= MIN_DENSE_SHARE * rounds * self._num_sms
+
+    def __call__(self, a: Activation, w: PackedMatrix, out: torch.Tensor) -> None:
+        """out [.., T, N] bf16 or float32, contiguous = a W^T."""
+        name = "dense_bf16" if out.dtype == torch.bfloat16 else "dense_f32"
+        self.kernels.launch(name, a, w, out, len(a.data))
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """The kernels of a model's layers; None where they do not run."""
+
+    experts: GroupedExperts | None = None
+    qkv: GroupedLinear | None = None
+    o: GroupedLinear | None = None
+
+
+def prepare(
+    w13: PackedMatrix, w2: PackedMatrix, qkv: PackedMatrix, o: PackedMatrix, top_k: int, target: Target,
+    cache_dir: Path | None = None,
+) -> tuple[Grouped, str]:  # fmt: skip
+    """The kernels that run for a layer's weights, and the line that says what computes many tokens, with the reason.
+
+    Args: as `GroupedExperts`.
+    """
+    why = unsupported(w13, target) or unsupported(w2, target)
+    if why is None and w13.data.device.type != "cuda":
+        why = f"the weights are on {w13.data.device.type}"
+    if why is None:
+        try:
+            with ThreadPoolExecutor(3) as pool:  # seconds each, and NVRTC lets go of Python's lock
+                experts = pool.submit(GroupedExperts, w13, w2, top_k, target, cache_dir)
+                dense = [pool.submit(GroupedLinear, w, target, cache_dir) if unsupported(w, target) is None else None
+                         for w in (qkv, o)]  # fmt: skip
+            found = Grouped(experts.result(), *(None if one is None else one.result() for one in dense))
+            sizes = f"experts of more than {MAX_FEW_TOKENS} tokens, projections of {MIN_DENSE_TOKENS}"
+            return found, f"{sizes}: wgmma kernels"
+        except nvrtc.CudaError as error:
+            why = f"they do not compile here: {error}"
+            logger.warning("No wgmma kernels: %s", error)
+    return Grouped(), f"steps of many tokens: Triton kernels, not wgmma ones, because {why}"
 
 
 def tensor_map(w: PackedMatrix) -> Any:

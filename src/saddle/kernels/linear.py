@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from saddle.kernels.grouped import GroupedLinear
 from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
@@ -137,13 +138,17 @@ def split_k(num_tokens: int, w: PackedMatrix, target: Target) -> int:
     return parts
 
 
-def linear(a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0) -> None:
+def linear(
+    a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0,
+    grouped: GroupedLinear | None = None,
+) -> None:  # fmt: skip
     """out = a W^T.
 
     Args:
         a: [T, K]; FP8 where the target has FP8 units and W is FP8, else bf16.
         w: [N, K], not interleaved.
         out: [T, N] bf16 or float32, or the parts [S, T, N] of `split_k`, all contiguous.
+        grouped: the wgmma kernels of weights of this shape, where they run; they take what is faster there.
 
     Raises:
         ValueError: the activation's form does not fit the weight and the target.
@@ -154,6 +159,9 @@ def linear(a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pd
     check_activation(a, w, target)
     if num_tokens > MAX_FEW_TOKENS and out.dim() == 3 and out.shape[0] != 1:
         raise ValueError(f"{num_tokens} tokens are not split along k, got out {list(out.shape)}.")
+    if grouped is not None and grouped.pays(num_tokens):
+        grouped(a, w, out)
+        return
     few = num_tokens <= MAX_FEW_TOKENS
     launch(a, w, out, few_block(num_tokens, w, target) if few else many_block(num_tokens, w, target), pdl)
 

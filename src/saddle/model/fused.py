@@ -98,7 +98,9 @@ class FusedMiniMaxM2:
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
         self.space = Workspace(config, kinds, target, max_tokens, max_rows, device)
         first, top_k = weights.layers[0], config.num_experts_per_tok
-        self.grouped, self._experts_path = grouped.prepare(first.w13, first.w2, top_k, target, cache_dir)
+        self.grouped, self._experts_path = grouped.prepare(
+            first.w13, first.w2, first.qkv, first.o, top_k, target, cache_dir
+        )
         self.prompt_attention: prompt_attention.PromptAttention | None = None
         self._attention_path = "attention of prompts: not chosen before there is KV memory"
         self.persistent: PersistentDecode | None = None
@@ -264,7 +266,7 @@ class FusedMiniMaxM2:
 
     def qkv(self, layer: PackedLayer, work: Buffers) -> None:
         """Launch 2."""
-        linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl)
+        linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl, self.grouped.qkv)
 
     def attention(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Launch 3; with prompts up to three launches."""
@@ -296,7 +298,7 @@ class FusedMiniMaxM2:
 
     def project(self, layer: PackedLayer, work: Buffers) -> None:
         """Launch 4."""
-        linear.linear(work.attn, layer.o, work.o_parts, self.target, self.pdl)
+        linear.linear(work.attn, layer.o, work.o_parts, self.target, self.pdl, self.grouped.o)
 
     def route(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
         """Launches 5 and 6."""
@@ -310,7 +312,7 @@ class FusedMiniMaxM2:
     def experts(self, layer: PackedLayer, work: Buffers) -> None:
         """Launches 7 and 8."""
         experts.experts(work.h2, layer.w13, layer.w2, self.space.router, work.active, work.pairs, self.target,
-                        self.pdl, self.grouped)  # fmt: skip
+                        self.pdl, self.grouped.experts)  # fmt: skip
 
 
 def why_not(config: ModelConfig) -> str | None:

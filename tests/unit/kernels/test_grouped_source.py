@@ -36,9 +36,8 @@ def test_constants_are_the_same_on_both_sides() -> None:
     values = dict(re.findall(r"^constexpr int (\w+) = (\d+);", TEXT, re.M))
     assert int(values["ROWS"]) == grouped.ROWS and int(values["STAGES"]) == grouped.STAGES
     assert int(values["CONSUMERS"]) + int(values["PRODUCERS"]) == grouped.BLOCK_THREADS
-    turn = int(values["TURN_K"])
-    assert (grouped.ROWS + int(values["PAIRS"])) * turn == grouped.STAGE_BYTES
-    assert turn * 32 == grouped.MAX_COLUMNS
+    assert int(values["PAIRS"]) == grouped.PAIRS
+    assert (grouped.ROWS + grouped.PAIRS) * int(values["TURN_K"]) == grouped.STAGE_BYTES
 
 
 def test_sizes() -> None:
@@ -49,28 +48,40 @@ def test_sizes() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
-    assert grouped.unsupported(*weights(3072, 1536, 256), H100) is None
-    assert grouped.unsupported(*weights(256, 128, 16), H100) is None
+    for shape in ((3072, 1536, 256), (256, 128, 16)):
+        assert [grouped.unsupported(w, H100) for w in weights(*shape)] == [None, None]
     for shape, word in (
-        ((384, 128, 16), "hidden size"), ((4608, 128, 16), "columns"), ((256, 128, 512), "experts"),
-        ((256, 128, 16, tiles.Fp8Tiles(64)), "128 columns"), ((256, 128, 16, tiles.Bf16Tiles()), "FP8 tiles"),
+        ((384, 128, 16), "rows"), ((256, 128, 512), "experts"), ((256, 128, 16, tiles.Fp8Tiles(64)), "128 columns"),
+        ((256, 128, 16, tiles.Bf16Tiles()), "FP8 tiles"),
     ):  # fmt: skip
-        assert word in (grouped.unsupported(*weights(*shape), H100) or ""), shape
+        w13, w2 = weights(*shape)
+        assert word in (grouped.unsupported(w13, H100) or grouped.unsupported(w2, H100) or ""), shape
+        with pytest.raises(ValueError, match=word):
+            grouped.GroupedExperts(w13, w2, 4, H100)
     for arch in ("sm_89", "sm_100", "gfx942"):
-        assert arch in (grouped.unsupported(*weights(256, 128, 16), of_arch(arch)) or "")
+        assert arch in (grouped.unsupported(weights(256, 128, 16)[0], of_arch(arch)) or "")
 
 
 def test_without_a_gpu_the_start_says_why() -> None:
-    found, line = grouped.prepare(*weights(256, 128, 16), 4, H100)
-    assert found is None and "Triton kernels" in line and "meta" in line
+    qkv, o = (tiles.allocate(256, 256, FP8, "meta") for _ in range(2))
+    found, line = grouped.prepare(*weights(256, 128, 16), qkv, o, 4, H100)
+    assert found == grouped.Grouped() and "Triton kernels" in line and "meta" in line
 
 
-@pytest.mark.parametrize("shape", [(3072, 1536, 256, 8), (256, 128, 16, 4)], ids=["m2", "demo"])
-def test_compiles(shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("file", "shape"),
+    [
+        ("grouped.cu", {"hidden": 3072, "intermediate": 1536, "num_experts": 256, "top_k": 8}),
+        ("grouped.cu", {"hidden": 256, "intermediate": 128, "num_experts": 16, "top_k": 4}),
+        ("dense.cu", {"columns": 6144, "rows": 3072}),
+    ],
+    ids=["m2", "demo", "dense"],
+)
+def test_compiles(file: str, shape: dict[str, int]) -> None:
     try:
         version = nvrtc.nvrtc_version()
     except nvrtc.CudaError as error:
         pytest.skip(f"NOT TESTED: {error}")
-    cubin = nvrtc.compile_cubin("grouped.cu", SOURCES, grouped.compile_options(*shape))
+    cubin = nvrtc.compile_cubin(file, nvrtc.sources(file), grouped.compile_options(**shape))
     # A spilled word is harmless; more would mean that setmaxnreg is without effect.
-    assert cubin[:4] == b"\x7fELF" and local_bytes(cubin, "grouped") <= 32, version
+    assert cubin[:4] == b"\x7fELF" and local_bytes(cubin, file) <= 32, version

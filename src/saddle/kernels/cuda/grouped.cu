@@ -4,56 +4,17 @@
 //   grouped_producer.cuh  weights and gathered rows into the ring
 //   grouped_product.cuh   wgmma, scales
 //   grouped_epilogue.cuh  SwiGLU and FP8 (up), the routing's weights (down)
+//   grouped_run.cuh       a block's life
 //
 // Sizes and their reasons: grouped_shapes.cuh. What was measured: docs/LOG.md.
-#include "grouped_epilogue.cuh"
+#include "grouped_run.cuh"
 
-template <class S, int HALVES>
-DEVICE void compute_tile(const Params& p, Consumer& c, Shared* s, u32 ring, const Tile& tile) {
-  const int slab = HALVES == 2 ? c.group * SLAB : 0, half = HALVES == 2 ? 0 : c.group;
-  const float2 scales = weight_scales<S>(p, tile, c.lane);
-  int pairs[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int row = slab + c.warp * 16 + c.lane / 4 + 8 * r;
-    pairs[r] = row < tile.count ? p.lists[tile.first + row] : -1;
-  }
-  float sum[HALVES][64];
-  multiply<S, HALVES>(c, s, ring, slab, half, scales, sum);
-  if (S::IS_UP) store_active<HALVES>(p, c, s, tile, half, pairs, sum);
-  else store_shares<HALVES>(p, c, tile, half, pairs, sum);
-}
+constexpr int HIDDEN = SADDLE_HIDDEN;
+constexpr int INTERMEDIATE = SADDLE_INTERMEDIATE;
+constexpr int NUM_EXPERTS = SADDLE_NUM_EXPERTS;
+constexpr int TOP_K = SADDLE_TOP_K;
+typedef Shape<HIDDEN, 2 * INTERMEDIATE, NUM_EXPERTS, TOP_K, SWIGLU_FP8> Up;
+typedef Shape<INTERMEDIATE, HIDDEN, NUM_EXPERTS, 1, SHARES_BF16> Down;
 
-template <class S> DEVICE void run(const Params& p) {
-  extern __shared__ u8 memory[];
-  const u32 ring = (shared_address(memory) + 1023) & ~1023u;
-  Shared* s = (Shared*)(memory + (ring - shared_address(memory)) + STAGES * STAGE_BYTES);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      mbarrier_init(shared_address(&s->full[i]), PRODUCERS + 1);
-      mbarrier_init(shared_address(&s->empty[i]), CONSUMERS / 32);
-    }
-    for (int i = 0; i < TILE_SLOTS; i++) {
-      mbarrier_init(shared_address(&s->told[i]), 1);
-      mbarrier_init(shared_address(&s->read[i]), BLOCK_THREADS / 32);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  count_stretches(p, s);
-  if (threadIdx.x >= CONSUMERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    produce<S>(p, s, ring);
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    Consumer c{(int)threadIdx.x / 128, (int)threadIdx.x / 32 % 4, (int)threadIdx.x % 32, 0, 0};
-    for (int index = 0;; index++) {
-      const Tile tile = next_tile(s, index);
-      if (tile.count == 0) break;
-      if (tile.count > SLAB) compute_tile<S, 2>(p, c, s, ring, tile);
-      else compute_tile<S, 1>(p, c, s, ring, tile);
-    }
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) grouped_up(const __grid_constant__ Params p) { run<Up>(p); }
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) grouped_down(const __grid_constant__ Params p) { run<Down>(p); }
+KERNEL(grouped_up, Up)
+KERNEL(grouped_down, Down)

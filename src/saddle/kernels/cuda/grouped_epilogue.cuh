@@ -22,7 +22,7 @@ DEVICE float quad_max(float v) {
 }
 
 // silu(gate) * up in E4M3 with a scale per pair and 128 columns.
-template <int HALVES>
+template <class S, int HALVES>
 DEVICE void store_active(const Params& p, Consumer& c, Shared* s, const Tile& tile, int half,
                          const int (&pairs)[2], float (&sum)[HALVES][64]) {
   float largest[2] = {0, 0};
@@ -50,8 +50,8 @@ DEVICE void store_active(const Params& p, Consumer& c, Shared* s, const Tile& ti
   for (int r = 0; r < 2; r++) {
     const float scale = fmaxf(largest[r], 1e-10f) / 448.f, inverse = 1.f / scale;
     const bool real = pairs[r] >= 0;
-    if (real && t == 0 && half == 0) p.output_scales[(size_t)pairs[r] * (INTERMEDIATE / 128) + tile.block] = scale;
-    u8* to = (u8*)p.output + (size_t)pairs[r] * INTERMEDIATE + tile.block * 128 + half * 64 + t * 16;
+    if (real && t == 0 && half == 0) p.output_scales[(size_t)pairs[r] * (S::N / 256) + tile.block] = scale;
+    u8* to = (u8*)p.output + (size_t)pairs[r] * (S::N / 2) + tile.block * 128 + half * 64 + t * 16;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
       u32 w[4];
@@ -68,16 +68,16 @@ DEVICE void store_active(const Params& p, Consumer& c, Shared* s, const Tile& ti
   }
 }
 
-// The pair's share of its token, in bf16.
-template <int HALVES>
-DEVICE void store_shares(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2],
+// In bf16; times the pair's share of its token where that is what it is.
+template <class S, int HALVES>
+DEVICE void store_bf16(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2],
                          float (&sum)[HALVES][64]) {
   const int t = c.lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const bool real = pairs[r] >= 0;
-    const float share = real ? p.shares[pairs[r]] : 0.f;
-    u16* to = (u16*)p.output + (size_t)pairs[r] * HIDDEN + tile.block * ROWS + half * HALF + t * 8;
+    const float share = S::OUT == PLAIN_BF16 ? 1.f : real ? p.shares[pairs[r]] : 0.f;
+    u16* to = (u16*)p.output + (size_t)pairs[r] * S::N + tile.block * ROWS + half * HALF + t * 8;
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
 #pragma unroll
@@ -90,6 +90,22 @@ DEVICE void store_shares(const Params& p, const Consumer& c, const Tile& tile, i
         }
         exchange(w, c.lane);
         if (real) *(uint4*)(to + h * HALF + q * 32) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+  }
+}
+
+template <class S, int HALVES>
+DEVICE void store_f32(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2],
+                      float (&sum)[HALVES][64]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float* to = (float*)p.output + (size_t)pairs[r] * S::N + tile.block * ROWS + half * HALF + c.lane % 4 * 2;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+#pragma unroll
+      for (int j = 0; j < 16; j++) {
+        const float* v = sum[h] + 4 * j + 2 * r;
+        if (pairs[r] >= 0) *(float2*)(to + h * HALF + 8 * j) = make_float2(v[j % 2], v[1 - j % 2]);
       }
   }
 }

@@ -17,7 +17,7 @@ template <class S> DEVICE void load_weights(const Params& p, const Tile& tile, i
     tensor_copy(to + i * HALF_TURN_BYTES, &p.weights, tile_k + i, turn / S::SLOT_TURNS, row_tile, full);
 }
 
-// Tells the tile with this number to everyone. One thread.
+// Tells everyone the block's index-th tile. One thread.
 template <class S> DEVICE void tell_tile(const Params& p, Shared* s, int index, int number) {
   const int slot = index % TILE_SLOTS;
   if (index >= TILE_SLOTS) mbarrier_wait(shared_address(&s->read[slot]), (index / TILE_SLOTS - 1) & 1);
@@ -25,7 +25,7 @@ template <class S> DEVICE void tell_tile(const Params& p, Shared* s, int index, 
   mbarrier_arrive(shared_address(&s->told[slot]));
 }
 
-// The index-th tile of this block. Whole warps.
+// The block's index-th tile. Whole warps.
 DEVICE Tile next_tile(Shared* s, int index) {
   const int slot = index % TILE_SLOTS;
   mbarrier_wait(shared_address(&s->told[slot]), (index / TILE_SLOTS) & 1);
@@ -38,35 +38,31 @@ DEVICE Tile next_tile(Shared* s, int index) {
 template <class S> DEVICE void produce(const Params& p, Shared* s, u32 ring) {
   const int thread = threadIdx.x - CONSUMERS;
   const int chunk = thread % 8, row = thread / 8;  // and every 16th row from there
-  const u32 place = row * TURN_K + ((chunk ^ (row % 8)) << 4);
+  const u32 place = WEIGHT_BYTES + row * TURN_K + ((chunk ^ (row % 8)) << 4);
   int turns = 0, number = blockIdx.x;
+  if (thread == 0) tell_tile<S>(p, s, 0, number);
   for (int index = 0;; index++) {
-    if (thread == 0) {
-      tell_tile<S>(p, s, index, number);
-      number = gridDim.x + atomicAdd(p.queue, 1);
-    }
+    if (thread == 0) number = gridDim.x + atomicAdd(p.queue, 1);  // told a turn later
     __syncwarp();
     const Tile tile = next_tile(s, index);
     if (tile.count == 0) break;
-    const int* listed = p.lists + tile.first;
-    const u8* from[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int pair = listed[row + 16 * i < tile.count ? row + 16 * i : 0];
-      from[i] = p.input + (size_t)(S::IS_UP ? pair / TOP_K : pair) * S::K + chunk * 16;
-    }
-    const int pair = listed[thread < tile.count ? thread : 0];
-    const float* scale = p.input_scales + (size_t)(S::IS_UP ? pair / TOP_K : pair) * S::TURNS;
+    u32 from[8], scale;  // places in the input and its scales; 32 bits are enough for a million pairs
     for (int turn = 0; turn < S::TURNS; turn++, turns++) {
       const int stage = turns % STAGES;
+      const u32 full = shared_address(&s->full[stage]), at = ring + stage * STAGE_BYTES;
       if (turns >= STAGES) mbarrier_wait(shared_address(&s->empty[stage]), (turns / STAGES - 1) & 1);
-      const u32 at = ring + stage * STAGE_BYTES;
-      if (thread == 0) load_weights<S>(p, tile, turn, at, shared_address(&s->full[stage]));
+      if (thread == 0) load_weights<S>(p, tile, turn, at, full);
+      if (turn == 0) {  // the first weights are under way
+#pragma unroll
+        for (int i = 0; i < 8; i++) from[i] = input_row<S>(p, tile, row + 16 * i) * S::K + chunk * 16;
+        scale = input_row<S>(p, tile, thread) * S::TURNS;
+      }
 #pragma unroll
       for (int i = 0; i < 8; i++)
-        if (i < 4 || tile.count > SLAB) copy16(at + WEIGHT_BYTES + place + i * (16 * TURN_K), from[i] + turn * TURN_K);
-      copy4(shared_address(&s->scales[stage][thread]), scale + turn);
-      copies_arrive(shared_address(&s->full[stage]));
+        if (i < 4 || tile.count > SLAB) copy16(at + place + i * (16 * TURN_K), p.input + turn * TURN_K + from[i]);
+      copy4(shared_address(&s->scales[stage][thread]), p.input_scales + turn + scale);
+      copies_arrive(full);
+      if (turn == 0 && thread == 0) tell_tile<S>(p, s, index + 1, number);
     }
   }
   // Every block has claimed its last tile when the last one comes here: the next launch counts from zero.

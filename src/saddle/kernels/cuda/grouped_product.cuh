@@ -13,9 +13,9 @@ struct Consumer {
   int exchanges;          // with the other warpgroup, so far
 };
 
-// Of the lane's turn: up, scales of w1 and w3; down, of the tile's first and second 128 rows.
-template <class S> DEVICE float2 weight_scales(const Params& p, const Tile& tile, int lane) {
-  const int turn = lane < S::TURNS ? lane : 0;
+// Of a turn: up, scales of w1 and w3; down, of the tile's first and second 128 rows.
+template <class S> DEVICE float2 weight_scales(const Params& p, const Tile& tile, int turn) {
+  turn = min(turn, S::TURNS - 1);
   const size_t row_tile = (size_t)tile.expert * S::ROW_TILES + tile.block * (ROWS / TILE_ROWS);
   const u8* slot = p.packed + (row_tile * S::SLOTS + turn / S::SLOT_TURNS) * S::SLOT_BYTES;
   const float* at = (const float*)(slot + S::SCALES_AT) + turn % S::SLOT_TURNS * 2;
@@ -25,7 +25,9 @@ template <class S> DEVICE float2 weight_scales(const Params& p, const Tile& tile
 
 // sum[h] is 64 pairs (from `slab` on) by 128 rows, half `half` + h of the tile.
 template <class S, int HALVES>
-DEVICE void multiply(Consumer& c, Shared* s, u32 ring, int slab, int half, float2 scales, float (&sum)[HALVES][64]) {
+DEVICE void multiply(const Params& p, Consumer& c, Shared* s, u32 ring, const Tile& tile, int slab, int half,
+                     float (&sum)[HALVES][64]) {
+  float2 scales = weight_scales<S>(p, tile, c.lane);  // a lane's of one turn
 #pragma unroll
   for (int h = 0; h < HALVES; h++)
 #pragma unroll
@@ -33,11 +35,12 @@ DEVICE void multiply(Consumer& c, Shared* s, u32 ring, int slab, int half, float
   const int row = slab + c.warp * 16 + c.lane / 4;
   for (int turn = 0; turn < S::TURNS; turn++, c.turns++) {
     const int stage = c.turns % STAGES;
+    if (turn && turn % 32 == 0) scales = weight_scales<S>(p, tile, turn + c.lane);
     mbarrier_wait(shared_address(&s->full[stage]), (c.turns / STAGES) & 1);
     fence_async();
     const u32 at = ring + stage * STAGE_BYTES;
     const float top = s->scales[stage][row], low = s->scales[stage][row + 8];
-    const float first = __shfl_sync(~0u, scales.x, turn), second = __shfl_sync(~0u, scales.y, turn);
+    const float first = __shfl_sync(~0u, scales.x, turn % 32), second = __shfl_sync(~0u, scales.y, turn % 32);
     const u64 a = operand<128, 1024>(at + WEIGHT_BYTES + slab * TURN_K);
     const u64 b = operand<64, 512>(at + half * (HALF * TILE_K));
 #pragma unroll
@@ -49,6 +52,7 @@ DEVICE void multiply(Consumer& c, Shared* s, u32 ring, int slab, int half, float
         wgmma(part, a + 2 * k, b + (h * (HALF * TILE_K) + k / 2 * HALF_TURN_BYTES + k % 2 * 32) / 16, k != 0);
       wgmma_commit();
       wgmma_wait(part);
+      if (h == HALVES - 1) __syncwarp();
       if (h == HALVES - 1 && c.lane == 0) mbarrier_arrive(shared_address(&s->empty[stage]));
       // Columns 8 j of a sum are rows of w1 if j is even, of w3 if odd.
       const bool right = !S::IS_UP && half + h == 1;

@@ -1,6 +1,4 @@
-// Sizes of the experts' products over many tokens. Compile-time: one binary a model shape.
-//
-// Contract: the host defines SADDLE_* (kernels/grouped.py says what each has to divide); nothing else reads them.
+// Sizes of FP8 products over many tokens, and what they depend on. All are compile-time: one binary a shape.
 #pragma once
 
 typedef unsigned char u8;
@@ -10,14 +8,9 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
-constexpr int HIDDEN = SADDLE_HIDDEN;
-constexpr int INTERMEDIATE = SADDLE_INTERMEDIATE;
-constexpr int NUM_EXPERTS = SADDLE_NUM_EXPERTS;
-constexpr int TOP_K = SADDLE_TOP_K;
-
 // ---- the tile of a block: 128 pairs x 256 rows of a weight, 128 columns a turn
-// What a multiprocessor reads a multiplication is 1 / 128 + 1 / 256: at 128 x 128 the second-level cache would not keep
-// up with FP8. More does not fit the registers: two warpgroups hold 128 sums a thread, and 64 of the turn at work.
+// More sums do not fit the registers: two warpgroups hold 128 a thread, and 64 of the turn at work. (Two blocks that
+// share the weights of 256 pairs read a third less, and are no faster.)
 constexpr int PAIRS = 128;
 constexpr int ROWS = 256;
 constexpr int TURN_K = 128;  // one scale a turn: a token's for 128 columns, a weight's for 128 x 128
@@ -28,9 +21,9 @@ constexpr int HALF = 128;    // rows of one wgmma
 constexpr int CONSUMERS = 256;
 constexpr int PRODUCERS = 128;
 constexpr int BLOCK_THREADS = CONSUMERS + PRODUCERS;
-// 256 x 232 + 128 x 40 = 64,512 of 65,536 registers.
-#define CONSUMER_REGISTERS 232
-#define PRODUCER_REGISTERS 40
+// 256 x 224 + 128 x 56 = 64,512 registers, what 384 threads of 168 have.
+#define CONSUMER_REGISTERS 224
+#define PRODUCER_REGISTERS 56
 
 // ---- packed weights (kernels/tiles.py)
 constexpr int TILE_ROWS = 16;
@@ -50,10 +43,19 @@ constexpr int INPUT_BYTES = PAIRS * TURN_K;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + INPUT_BYTES;
 constexpr int TILE_SLOTS = 4;  // tiles that the producers may be ahead
 
-// One product: COLUMNS (k) of an input, and a weight of ALL_ROWS rows.
-template <int COLUMNS, int ALL_ROWS> struct Shape {
+constexpr int MAX_EXPERTS = BLOCK_THREADS;  // a thread counts one
+
+// One product: COLUMNS (k) of an input, and weights of ALL_ROWS rows. LISTED: an expert's list says which
+// pairs it has, a row of the input serves SHARE pairs; else there is one weight, for all rows.
+enum Output { SWIGLU_FP8, SHARES_BF16, PLAIN_BF16, PLAIN_F32 };
+template <int COLUMNS, int ALL_ROWS, int ALL_EXPERTS, int PAIRS_A_ROW, Output OUTPUT> struct Shape {
   static constexpr int K = COLUMNS;
   static constexpr int N = ALL_ROWS;
+  static constexpr int EXPERTS = ALL_EXPERTS;
+  static constexpr int SHARE = PAIRS_A_ROW;
+  static constexpr Output OUT = OUTPUT;
+  static constexpr bool IS_UP = OUTPUT == SWIGLU_FP8;
+  static constexpr bool LISTED = OUTPUT == SWIGLU_FP8 || OUTPUT == SHARES_BF16;
   static constexpr int TURNS = COLUMNS / TURN_K;
   static constexpr int BLOCKS = ALL_ROWS / ROWS;
   static constexpr int ROW_TILES = ALL_ROWS / TILE_ROWS;
@@ -63,13 +65,5 @@ template <int COLUMNS, int ALL_ROWS> struct Shape {
   static constexpr int SCALES_AT = TILE_ROWS * SLOT_K;
   static constexpr int SLOT_BYTES = (SCALES_AT + SLOT_TURNS * 8 + 127) / 128 * 128;
   static_assert(COLUMNS % TURN_K == 0 && ALL_ROWS % ROWS == 0, "tiles are whole");
-  static_assert(TURNS <= 32, "a lane holds the scales of one turn");
+  static_assert(ALL_EXPERTS <= MAX_EXPERTS, "a thread counts one expert");
 };
-struct Up : Shape<HIDDEN, 2 * INTERMEDIATE> {
-  static constexpr bool IS_UP = true;
-};
-struct Down : Shape<INTERMEDIATE, HIDDEN> {
-  static constexpr bool IS_UP = false;
-};
-
-static_assert(NUM_EXPERTS <= BLOCK_THREADS, "a thread counts one expert");
