@@ -158,6 +158,13 @@ def test_warming_the_cache(sdk: anthropic.Anthropic) -> None:
     assert used.cache_read_input_tokens == (used.input_tokens + (used.cache_read_input_tokens or 0) - 1) // 16 * 16 > 0
 
 
+def test_models_are_listed(sdk: anthropic.Anthropic) -> None:
+    [model] = list(sdk.models.list())
+    assert (model.id, model.type, model.display_name) == ("saddle-demo", "model", "saddle-demo")
+    assert abs(time.time() - model.created_at.timestamp()) < 3600
+    assert sdk.models.retrieve("saddle-demo") == model
+
+
 def test_salts_part_the_cache(sdk: anthropic.Anthropic) -> None:
     def cached(salt: str) -> int:
         fields = greedy(system="Salted. " * 30, max_tokens=1, extra_body={"cache_salt": salt})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -82,6 +83,8 @@ def _add_health(admin: APIRouter, service: Service) -> None:
 
 def _add_models(admin: APIRouter, service: Service) -> None:
     def card(name: str) -> dict[str, Any]:
+        """A model in the words of OpenAI, then of Anthropic: clients read what they know."""
+        longest = service.facts().max_model_len
         return {
             "id": name,
             "object": "model",
@@ -89,12 +92,18 @@ def _add_models(admin: APIRouter, service: Service) -> None:
             "owned_by": "saddle",
             "root": service.model_names[0],
             "parent": None,
-            "max_model_len": service.facts().max_model_len,
+            "max_model_len": longest,
+            "type": "model",
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(service.created_s, timezone.utc).isoformat().replace("+00:00", "Z"),
+            "max_input_tokens": longest,
         }
 
     @admin.get("/v1/models", responses=ERRORS)
     async def models() -> Response:
-        return JSONReply({"object": "list", "data": [card(name) for name in service.model_names]})
+        names = service.model_names
+        return JSONReply({"object": "list", "data": [card(name) for name in names],
+                          "has_more": False, "first_id": names[0], "last_id": names[-1]})  # fmt: skip
 
     @admin.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> Response:
