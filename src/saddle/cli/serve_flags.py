@@ -167,7 +167,8 @@ FLAGS: tuple[Flag, ...] = (
          to=("compile.max_cudagraph_capture_size",), help="the largest of them; default: all rows"),
     # Saddle's own
     Flag(names="--max-step-ms", kind="float", group=SADDLE, to=("scheduler.max_step_ms",), metavar="MS",
-         help="while rows decode, prompts join a step only up to this predicted time; default no limit"),
+         help="while rows decode, prompts join a step only up to this predicted time; default 60 on a GPU, longer where"
+              " that would leave prompts little; no limit on a CPU"),
     Flag(names="--reasoning-field", group=SADDLE, to=("server.reasoning_field",),
          choices=("both", "reasoning", "reasoning_content"), help="name of the thinking in answers; default both"),
     Flag(names="--vllm-metric-names", kind="bool", group=SADDLE, to=("server.vllm_metric_names",),
