@@ -160,9 +160,9 @@ def test_warming_the_cache(sdk: anthropic.Anthropic) -> None:
 
 def test_models_are_listed(sdk: anthropic.Anthropic) -> None:
     [model] = list(sdk.models.list())
-    assert (model.id, model.type, model.display_name) == ("saddle-demo", "model", "saddle-demo")
+    assert (model.id, model.type, model.display_name) == ("saddle-test", "model", "saddle-test")
     assert abs(time.time() - model.created_at.timestamp()) < 3600
-    assert sdk.models.retrieve("saddle-demo") == model
+    assert sdk.models.retrieve("saddle-test") == model
 
 
 def test_salts_part_the_cache(sdk: anthropic.Anthropic) -> None:
