@@ -52,6 +52,22 @@ RICH: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": ["hi", "ho"], "max_tokens": 3, "logprobs": 2, "echo": True,
                          "return_token_ids": True}),
     ("/v1/completions", {"prompt": "hi", "max_tokens": 3, "prompt_logprobs": 1, "stop": ["zz"]}),
+    ("/v1/messages", {"messages": HI, "max_tokens": 60, "tools": GOOD["/v1/messages"]["tools"],
+                      "tool_choice": {"type": "any"}, "thinking": {"type": "enabled", "budget_tokens": 2},
+                      "context_management": {}}),
+    ("/v1/messages", {"messages": HI, "max_tokens": 5, "thinking": {"type": "disabled"}}),
+    ("/v1/messages/count_tokens", {"messages": HI, "context_management": {"edits": []}}),
+    ("/v1/responses", {"input": "hi", "max_output_tokens": 60, "tool_choice": "required", "top_logprobs": 2,
+                       "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", **TOOL}]},
+                                 {"type": "web_search"}],
+                       "reasoning": {"effort": "none"}, "metadata": {"a": "b"}, "return_token_ids": True,
+                       "text": {"verbosity": "low"}}),
+    ("/v1/responses", {"input": "hi", "max_output_tokens": 5, "reasoning": {"summary": "auto"},
+                       "include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}),
+    ("/v1/responses", {"input": "hi", "max_output_tokens": 5, "reasoning": {"effort": "none"}, "top_logprobs": 1,
+                       "background": True}),
+    ("/v1/responses/input_tokens", {"input": "hi"}),
+    ("/tokenize", {"messages": HI, "return_token_strs": True}),
 ]  # fmt: skip
 
 
@@ -152,6 +168,50 @@ def test_requests_that_work(server: ServerProcess, document: dict[str, Any], pat
     assert reply.status_code == 200, reply.text
     [declared] = [answer for status, answer in document["paths"][path]["post"]["responses"].items() if status == "200"]
     jsonschema.validate(reply.json(), declared["content"]["application/json"]["schema"])
+
+
+def declared(document: dict[str, Any], method: str, path: str) -> Any:
+    """The schema of a 200, which says something."""
+    schema = document["paths"][path][method]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert schema not in ({}, {"type": "object"}), f"{method} {path} may answer anything"
+    return schema
+
+
+def test_every_answer_has_a_schema(document: dict[str, Any]) -> None:
+    routes = [(method, path) for path, methods in document["paths"].items() for method in methods]
+    assert len(routes) > 15
+    for method, path in routes:
+        if path != "/metrics":
+            declared(document, method, path)
+
+
+@pytest.mark.parametrize("path", ["/livez", "/health", "/ping", "/version", "/load", "/v1/models"])
+def test_what_is_read(server: ServerProcess, document: dict[str, Any], path: str) -> None:
+    jsonschema.validate(HTTP.get(server.base + path, timeout=TIMEOUT_S).json(), declared(document, "get", path))
+
+
+def test_a_model_that_is_read(server: ServerProcess, document: dict[str, Any]) -> None:
+    reply = HTTP.get(server.base + "/v1/models/fuzzed", timeout=TIMEOUT_S)
+    jsonschema.validate(reply.json(), declared(document, "get", "/v1/models/{name}"))
+
+
+@pytest.mark.parametrize("fields", [{}, {"reasoning": {"effort": "none"}, "top_logprobs": 1}])
+def test_the_life_of_a_response(server: ServerProcess, document: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Created in the background, streamed, read, listed, cancelled, deleted: each as the document says."""
+    created = declared(document, "post", "/v1/responses")
+    body = {"input": "hi", "max_output_tokens": 20, "background": True, "stream": True, **fields}
+    with HTTP.post(f"{server.base}/v1/responses", json=body, timeout=TIMEOUT_S) as reply:
+        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
+    told = [event["response"] for event in events if "response" in event]
+    assert [each["status"] for each in told][:2] == ["queued", "queued"]
+    for each in told:
+        jsonschema.validate(each, created)
+    one, of_one = f"{server.base}/v1/responses/{told[0]['id']}", "/v1/responses/{response_id}"
+    for method, url, path in (("get", one, of_one), ("get", f"{one}/input_items", of_one + "/input_items"),
+                              ("post", f"{one}/cancel", of_one + "/cancel"), ("delete", one, of_one)):  # fmt: skip
+        reply = HTTP.request(method, url, timeout=TIMEOUT_S)
+        assert reply.status_code == 200, reply.text
+        jsonschema.validate(reply.json(), declared(document, method, path))
 
 
 @pytest.mark.parametrize("path", GOOD)

@@ -14,6 +14,7 @@ from saddle.metrics import CONTENT_TYPE
 from saddle.server.bodies import ERRORS, read, takes
 from saddle.server.job import ChatPrompt, TextPrompt
 from saddle.server.replies import JSONReply
+from saddle.server.schemas import COUNT, IDS, NUMBER, TEXT, answers, list_of, object_of, one_of, or_null
 from saddle.server.service import Service
 from saddle.server.wire_openai import DetokenizeBody, TokenizeBody
 from saddle.version import VERSION
@@ -29,7 +30,30 @@ POST /tokenize, /detokenize
 GET  /livez, /health, /ping, /version, /load, /metrics
 GET  /docs                  every field of every request
 """
-UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Loading, draining or dead; says which."}}
+STATUS = object_of({"status": one_of("alive", "ready")})
+UNREADY: dict[int | str, dict[str, Any]] = {**answers(STATUS), 503: {
+    "description": "Loading, draining or dead; says which.",
+    "content": {"application/json": {"schema": object_of(
+        {"status": one_of("loading", "draining", "dead"), "message": TEXT},
+        {"phase": TEXT, "progress": NUMBER, "note": TEXT},
+    )}},
+}}  # fmt: skip
+MODEL = object_of({
+    "id": TEXT,
+    "object": {"const": "model"},
+    "created": COUNT,
+    "owned_by": TEXT,
+    "root": TEXT,
+    "parent": {"type": "null"},
+    "max_model_len": COUNT,
+    "type": {"const": "model"},
+    "display_name": TEXT,
+    "created_at": TEXT,
+    "max_input_tokens": COUNT,
+})  # fmt: skip
+MODELS = object_of({"object": {"const": "list"}, "data": list_of(MODEL), "has_more": {"const": False}, "first_id": TEXT,
+                    "last_id": TEXT})  # fmt: skip
+TOKENS = object_of({"count": COUNT, "max_model_len": COUNT, "tokens": IDS, "token_strs": or_null(list_of(TEXT))})
 
 
 def router(service: Service) -> APIRouter:
@@ -46,7 +70,7 @@ def _add_health(admin: APIRouter, service: Service) -> None:
     async def index() -> Response:
         return PlainTextResponse(WELCOME.format(version=VERSION, model=service.model_names[0]))
 
-    @admin.get("/livez")
+    @admin.get("/livez", responses=answers(STATUS))
     async def livez() -> Response:
         """200 as long as the process answers."""
         return JSONReply({"status": "alive"})
@@ -67,11 +91,11 @@ def _add_health(admin: APIRouter, service: Service) -> None:
     admin.add_api_route("/ping", health, methods=["GET"], operation_id="ping", responses=UNREADY)
     admin.add_api_route("/ping", health, methods=["POST"], operation_id="ping_by_post", responses=UNREADY)
 
-    @admin.get("/version")
+    @admin.get("/version", responses=answers(object_of({"version": TEXT})))
     async def version() -> Response:
         return JSONReply({"version": VERSION})
 
-    @admin.get("/load")
+    @admin.get("/load", responses=answers(object_of({"server_load": COUNT})))
     async def load() -> Response:
         """Requests being admitted or answered."""
         return JSONReply({"server_load": service.num_in_flight})
@@ -99,13 +123,13 @@ def _add_models(admin: APIRouter, service: Service) -> None:
             "max_input_tokens": longest,
         }
 
-    @admin.get("/v1/models", responses=ERRORS)
+    @admin.get("/v1/models", responses={**answers(MODELS), **ERRORS})
     async def models() -> Response:
         names = service.model_names
         return JSONReply({"object": "list", "data": [card(name) for name in names],
                           "has_more": False, "first_id": names[0], "last_id": names[-1]})  # fmt: skip
 
-    @admin.get("/v1/models/{name:path}", responses=ERRORS)
+    @admin.get("/v1/models/{name:path}", responses={**answers(MODEL), **ERRORS})
     async def model(name: str) -> Response:
         if name not in service.model_names:
             raise NotFound(f"The model `{name}` does not exist.", param="model")
@@ -113,7 +137,7 @@ def _add_models(admin: APIRouter, service: Service) -> None:
 
 
 def _add_tokens(admin: APIRouter, service: Service) -> None:
-    @admin.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeBody))
+    @admin.post("/tokenize", responses={**answers(TOKENS), **ERRORS}, openapi_extra=takes(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         facts = service.facts()
         body = await read(request, TokenizeBody)
@@ -123,7 +147,8 @@ def _add_tokens(admin: APIRouter, service: Service) -> None:
         return JSONReply({"count": len(ids), "max_model_len": facts.max_model_len, "tokens": ids,
                           "token_strs": strings})  # fmt: skip
 
-    @admin.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeBody))
+    @admin.post("/detokenize", responses={**answers(object_of({"prompt": TEXT})), **ERRORS},
+                openapi_extra=takes(DetokenizeBody))  # fmt: skip
     async def detokenize(request: Request) -> Response:
         facts = service.facts()
         body = await read(request, DetokenizeBody)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from saddle.errors import ContextTooLong, InvalidRequest
 from saddle.server import responses
-from saddle.server.bodies import ERRORS, read, takes
+from saddle.server.bodies import read, takes
 from saddle.server.generation import Generation
 from saddle.server.job import ChatPrompt
 from saddle.server.replies import JSONReply, encode_json
 from saddle.server.responses import AskedResponse
+from saddle.server.responses_answers import COUNTED, DELETED, LISTED, STORED, STREAMED
 from saddle.server.responses_background import Follow, Run, offset_after
 from saddle.server.responses_items import Item, Seal
 from saddle.server.responses_logprobs import AnswerLogprobs
@@ -32,13 +32,6 @@ from saddle.server.wire_responses import ResponsesBody
 logger = logging.getLogger(__name__)
 MAX_LISTED = 100
 MAX_TOLD = 100  # kinds of notes in the log
-OBJECT: dict[str, Any] = {"content": {"application/json": {"schema": {"type": "object"}}}}
-JSON: dict[int | str, dict[str, Any]] = {200: {"description": "A JSON object.", **OBJECT}, **ERRORS}
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The response; with `stream: true` server-sent events that end with it.",
-          "content": {**OBJECT["content"], "text/event-stream": {}}},
-    **ERRORS,
-}  # fmt: skip
 
 
 class Responses:
@@ -215,7 +208,7 @@ def router(service: Service) -> APIRouter:
     async def create_response(request: Request) -> Response:
         return await api.create(request)
 
-    @made.post("/v1/responses/input_tokens", responses=JSON, openapi_extra=takes(ResponsesBody))
+    @made.post("/v1/responses/input_tokens", responses=COUNTED, openapi_extra=takes(ResponsesBody))
     async def count_input_tokens(request: Request) -> Response:
         return await api.count(request)
 
@@ -228,15 +221,15 @@ def router(service: Service) -> APIRouter:
         after = -1 if starting_after is None else _number(starting_after, "starting_after")
         return api.read(response_id, stream == "true", after)
 
-    @made.delete("/v1/responses/{response_id}", responses=JSON)
+    @made.delete("/v1/responses/{response_id}", responses=DELETED)
     async def delete_response(response_id: str) -> Response:
         return api.delete(response_id)
 
-    @made.post("/v1/responses/{response_id}/cancel", responses=JSON)
+    @made.post("/v1/responses/{response_id}/cancel", responses=STORED)
     async def cancel_response(response_id: str) -> Response:
         return api.cancel(response_id)
 
-    @made.get("/v1/responses/{response_id}/input_items", responses=JSON)
+    @made.get("/v1/responses/{response_id}/input_items", responses=LISTED)
     async def list_input_items(
         response_id: str, after: str | None = None, limit: str = "20", order: str = "desc"
     ) -> Response:

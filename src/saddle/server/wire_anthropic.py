@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
+from saddle.server.schemas import ANY_OBJECT, TEXT, answers, list_of, object_of, one_of, or_null
+from saddle.server.schemas import COUNT as TOKENS
 from saddle.server.wire_openai import MAX_MESSAGES, MAX_REQUEST_ID, Object, Tools, Wire
 
 SystemText = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]})]
@@ -86,20 +88,35 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "timeout_error: the request took longer than --request-timeout."),
     )
 }
-MESSAGE_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"],
-    "properties": {
-        "id": {"type": "string"},
+BLOCK = {"anyOf": [
+    object_of({"type": {"const": "text"}, "text": TEXT}),
+    object_of({"type": {"const": "thinking"}, "thinking": TEXT, "signature": TEXT}),
+    object_of({"type": {"const": "tool_use"}, "id": TEXT, "name": TEXT, "input": ANY_OBJECT}),
+]}  # fmt: skip
+USAGE = object_of({
+    "input_tokens": TOKENS,
+    "cache_creation_input_tokens": TOKENS,
+    "cache_read_input_tokens": TOKENS,
+    "output_tokens": TOKENS,
+    "cache_creation": object_of({"ephemeral_5m_input_tokens": TOKENS, "ephemeral_1h_input_tokens": TOKENS}),
+    "output_tokens_details": object_of({"thinking_tokens": TOKENS}),
+    "server_tool_use": {"type": "null"},
+    "service_tier": TEXT,
+})  # fmt: skip
+REASONS = one_of("end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded")
+MESSAGE_SCHEMA = object_of(
+    {
+        "id": TEXT,
         "type": {"const": "message"},
         "role": {"const": "assistant"},
-        "model": {"type": "string"},
-        "content": {"type": "array", "items": {"type": "object", "required": ["type"]}},
-        "stop_reason": {"type": "string"},
-        "stop_sequence": {"type": ["string", "null"]},
-        "usage": {"type": "object", "required": ["input_tokens", "output_tokens", "cache_read_input_tokens"]},
+        "model": TEXT,
+        "content": list_of(BLOCK),
+        "stop_reason": REASONS,
+        "stop_sequence": or_null(TEXT),
+        "usage": USAGE,
     },
-}
+    {"context_management": object_of({"applied_edits": {"type": "array", "maxItems": 0}})},
+)
 MESSAGE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A message; with `stream: true` server-sent events that end in `message_stop`.",
@@ -108,17 +125,7 @@ MESSAGE: dict[int | str, dict[str, Any]] = {
     **ERRORS,
 }
 COUNT: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The number of tokens of the prompt.",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["input_tokens"],
-                    "properties": {"input_tokens": {"type": "integer", "minimum": 1}},
-                }
-            }
-        },
-    },
+    **answers(object_of({"input_tokens": TOKENS}, {"context_management": object_of({"original_input_tokens": TOKENS})}),
+              "The number of tokens of the prompt."),
     **ERRORS,
-}
+}  # fmt: skip
