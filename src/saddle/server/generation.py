@@ -230,7 +230,7 @@ class Generation:
     def _feed(self, choice: Choice, delta: TokenDelta) -> list[Event]:
         """Parse a delta, keep the clock, and end the choice where it ends."""
         if self._expired and delta.finish_reason is FinishReason.ABORT:
-            error = f"The request took longer than the {self._backend.config.request_timeout_s:g} s that it may."
+            error = too_slow(self._backend.config)
             delta = msgspec.structs.replace(delta, finish_reason=FinishReason.ERROR, error=error)
         if delta.token_ids:
             self._tick(choice, delta)
@@ -296,6 +296,11 @@ class Generation:
     @staticmethod
     def _usage(choice: Choice) -> Usage:
         return Usage(num_prompt_tokens=choice.num_prompt, num_completion_tokens=choice.num_tokens)
+
+
+def too_slow(config: ServerConfig) -> str:
+    """What the sender of a request is told whose time is over."""
+    return f"The request took longer than the {config.request_timeout_s:g} s that it may."
 
 
 def _without_lead(choice: Choice, events: list[Event]) -> list[Event]:

@@ -22,7 +22,7 @@ from saddle.parsing.render import Renderer
 from saddle.parsing.replay import ReplayStore
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import SamplingParams
-from saddle.server.generation import Backend, Generation
+from saddle.server.generation import Backend, Generation, too_slow
 from saddle.server.job import ChatPrompt, Facts, Job, Prompt, TextPrompt, TokenPrompt
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,13 @@ Made = TypeVar("Made")
 RENDER_THREADS = 2
 RETRY_AFTER_S = 1
 DRAINING = "The server is shutting down."
+
+
+class TimedOut(RequestError):
+    """The request took longer than it may before anything was generated."""
+
+    status = 504
+    kind = "TimeoutError"
 
 
 class Service:
@@ -125,6 +132,15 @@ class Service:
         Raises:
             RequestError: refused, by us or by the engine; nothing of it runs then.
         """
+        opening = self._open(job)
+        if self.config.request_timeout_s is None:
+            return await opening
+        try:
+            return await asyncio.wait_for(opening, self.config.request_timeout_s)
+        except asyncio.TimeoutError:
+            raise TimedOut(too_slow(self.config)) from None
+
+    async def _open(self, job: Job) -> Generation:
         arrival_s, facts = time.monotonic(), self.facts()
         if not -(2**63) <= job.priority < 2**63:
             raise InvalidRequest("priority must be a 64-bit integer.", "priority")

@@ -303,3 +303,21 @@ async def test_a_timeout_in_the_shape_of_each_api(
         assert error["response"]["error"]["code"] == "server_error"
     else:
         assert (error["error"]["type"], error["error"].get("code")) == (kind, code)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+async def test_the_time_of_a_request_runs_before_the_engine_takes_it(
+    tokenizer: Tokenizer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while a grammar is compiled. What was submitted is taken back."""
+    config = ServerConfig(host="127.0.0.1", port=0, access_log=False, request_timeout_s=0.1)
+    async with running(tokenizer, words(tokenizer, "x"), config) as server:
+
+        async def never(request: TokenRequest) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(server.client, "submit", never)
+        status, refused = await server.post(path, {**HI, "max_tokens": 5, "stream": True})
+        assert (status, refused["error"]["message"]) == (504, "The request took longer than the 0.1 s that it may.")
+        assert len(server.client.aborted) == 1
+        assert server.service.num_in_flight == 0
