@@ -40,11 +40,12 @@ def draw(
     return out.tolist(), token_ids.cpu()
 
 
+@pytest.mark.parametrize("vocab_size", [1024, VOCAB])
 @pytest.mark.parametrize("spread", [0.02, 1.0, 5.0])
-def test_ids_are_those_of_the_reference(spread: float) -> None:
+def test_ids_are_those_of_the_reference(spread: float, vocab_size: int) -> None:
     params, seeds = [one for one in PARAMS for _ in range(2)], list(range(2 * len(PARAMS)))
-    logits = torch.randn(len(params), VOCAB, device="cuda") * spread
-    found, token_ids = draw(logits, params, seeds, VOCAB)
+    logits = torch.randn(len(params), vocab_size, device="cuda") * spread
+    found, token_ids = draw(logits, params, seeds, vocab_size)
     assert token_ids[:, 3].tolist() == found and (token_ids[:, [0, 1, 2, 4, 5, 6, 7]] == POISON).all()
     for row, token_id in enumerate(found):
         wanted = scores(logits[row], params[row], seeds[row], 3)

@@ -19,7 +19,8 @@ def launch_sampling(_: Target) -> None:
     """Drawing, masks, lists of edits, penalties and log-probabilities."""
     logits, state, slots = _numbers(ROWS, VOCAB, dtype=torch.float32), _numbers(ROWS, ROW_WIDTH), _numbers(ROWS)
     work = sampling.SamplingWork.allocate(ROWS, VOCAB, torch.device("meta"))
-    sampling.launch(logits, slots, slots, state, work, _numbers(ROWS, LENGTH), slots, VOCAB)
+    for num_valid in (VOCAB, 1024):  # of a small vocabulary each id is a group
+        sampling.launch(logits, slots, slots, state, work, _numbers(ROWS, LENGTH), slots, num_valid)
     counts = _numbers(ROWS, VOCAB)
     logit_edits.mask_rows(logits, slots, _numbers(ROWS, VOCAB // 32))
     logit_edits.penalise_rows(logits, slots, slots, state, counts)

@@ -35,7 +35,7 @@ from saddle.kernels.row_state import KEY_FIRST, KEY_SECOND, MIN_P, ROW_WIDTH, TE
 from saddle.kernels.whole import cdiv, next_power_of_2
 
 CHUNK = 4096  # logits a program of `scan` reads, and that a search through a whole row holds at once
-GROUP = 32  # 128 bytes: a candidate group is one full memory access
+GROUP = 32  # 128 bytes: a candidate group is one full memory access; of a vocabulary in one chunk each id is a group
 FEW_GROUPS, MANY_GROUPS = 64, 1024  # at least so many groups stay, at most half as many again
 CANDIDATES = 2048  # more are not compared with each other: 4 million comparisons take some 100 us
 ROUND, STRIP = 256, 32  # compared at once: a tile of 8,192 is 32 numbers a thread
@@ -420,7 +420,7 @@ class SamplingWork:
             return torch.empty(max_rows, width, dtype=dtype, device=device)
 
         return SamplingWork(
-            group_max=empty(chunks * (CHUNK // GROUP), torch.float32),
+            group_max=empty(max(CHUNK, chunks * (CHUNK // GROUP)), torch.float32),
             chunk_max=empty(chunks, torch.float32),
             chunk_sum=empty(chunks, torch.float32),
             chunk_best=empty(chunks, torch.float32),
@@ -435,7 +435,7 @@ class SamplingWork:
         """Of `allocate`."""
         chunks = -(-vocab_size // CHUNK)
         candidates = MANY_GROUPS + MANY_GROUPS // 2 + 2 * CANDIDATES
-        return max_rows * 4 * (chunks * (CHUNK // GROUP) + 4 * chunks + candidates)
+        return max_rows * 4 * (max(CHUNK, chunks * (CHUNK // GROUP)) + 4 * chunks + candidates)
 
 
 def launch(
@@ -457,10 +457,12 @@ def launch(
     if num_slots == 0:
         return
     num_chunks = cdiv(num_valid, CHUNK)
+    # Fewer groups than are asked for would make all ids of a small vocabulary candidates: 0.4 ms of comparisons.
+    group = GROUP if num_chunks > 1 else 1
     enqueue(
         scan, (num_slots, num_chunks, 1),
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
-        work.chunk_best, work.chunk_id, num_valid, NUM_CHUNKS=num_chunks, CHUNK=CHUNK, GROUP=GROUP,
+        work.chunk_best, work.chunk_id, num_valid, NUM_CHUNKS=num_chunks, CHUNK=CHUNK, GROUP=group,
         STATE_WIDTH=ROW_WIDTH, num_warps=WARPS,
     )  # fmt: skip
     enqueue(
@@ -468,7 +470,7 @@ def launch(
         logits, logits.stride(0), sample_rows, sample_positions, state, work.group_max, work.chunk_max, work.chunk_sum,
         work.chunk_best, work.chunk_id, work.groups, work.values, work.ids, token_ids, token_ids.stride(0), out,
         num_valid, NUM_CHUNKS=num_chunks, CHUNKS_PADDED=next_power_of_2(num_chunks),
-        GROUPS_PADDED=next_power_of_2(num_chunks * (CHUNK // GROUP)), CHUNK=CHUNK, GROUP=GROUP,
+        GROUPS_PADDED=next_power_of_2(num_chunks * (CHUNK // group)), CHUNK=CHUNK, GROUP=group,
         FEW_GROUPS=FEW_GROUPS, MANY_GROUPS=MANY_GROUPS, CANDIDATES=CANDIDATES, ROUND=ROUND, STRIP=STRIP,
         STATE_WIDTH=ROW_WIDTH, num_warps=WARPS,
     )  # fmt: skip
