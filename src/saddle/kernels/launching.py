@@ -1,9 +1,9 @@
-"""A launch of a Triton kernel that costs the host a few microseconds.
+"""A launch of a Triton kernel that costs the host a third of Triton's own.
 
-Triton's own launch looks for the compiled kernel anew each time: it classifies every argument, constants included,
-and makes a key of it all, which takes longer than many kernels run. Here constants count by their values, and other
-arguments by classes at least as fine as Triton's (dtype, alignment, special integers). What was launched before goes
-to its compiled kernel directly; a combination that is new goes through Triton, which finds or compiles the kernel.
+That one looks for the compiled kernel anew each time: it classifies every argument, constants included, and makes a
+key of it all, which takes longer than many kernels run. Here constants count by their values, and other arguments by
+classes at least as fine as Triton's (dtype, alignment, special integers). What was launched before goes to its
+compiled kernel directly; a combination that is new goes through Triton, which finds or compiles the kernel.
 """
 
 from __future__ import annotations
