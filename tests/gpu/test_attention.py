@@ -122,6 +122,7 @@ def test_split_prefill(lens: list[int], new: list[int], kind: str) -> None:
         assert torch.equal(outs[0].data.view(torch.uint8), outs[1].data.view(torch.uint8))
 
 
+WGMMA_KINDS = ["bf16", "fp8"]
 PROMPTS = [
     ([1], [1]), ([21], [21]), ([22, 64], [22, 43]), ([127], [127]), ([128], [128]), ([129], [129]), ([2048], [2048]),
     ([5000], [33]), ([300, 128, 1000], [2, 128, 999]), ([8192], [8192]), ([40000], [500]),
@@ -136,26 +137,28 @@ def wgmma_for(case: Case) -> prompt_attention.PromptAttention:
     return prompt_attention.PromptAttention(case.kv, case.heads, target)
 
 
+@pytest.mark.parametrize("kind", WGMMA_KINDS)
 @pytest.mark.parametrize(("lens", "new"), PROMPTS, ids=lambda lens: f"{len(lens)}x{max(lens)}")
-def test_wgmma_prefill(lens: list[int], new: list[int]) -> None:
+def test_wgmma_prefill(lens: list[int], new: list[int], kind: str) -> None:
     for a8, heads, kv_heads in ((True, 48, 8), (False, 12, 2), (False, 16, 2), (True, 3, 3)):
-        case = make_case(lens, new, heads=heads, kv_heads=kv_heads, device="cuda", seed=len(lens))
+        case = make_case(lens, new, kind=kind, heads=heads, kv_heads=kv_heads, device="cuda", seed=len(lens))
         expected = reference(case)
         q, kernel = queries(case), wgmma_for(case)
         outs = [new_out(case, a8) for _ in range(2)]
         for out in outs:
             paged_prefill.prefill(q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens,
                                   0, len(lens), case.num_tokens, out, detect(), wgmma=kernel)  # fmt: skip
-        assert relative_error(quant.dequantise(outs[0]), expected) < LIMITS["bf16"] + (FP8_OUT if a8 else 0)
+        assert relative_error(quant.dequantise(outs[0]), expected) < LIMITS[kind] + (FP8_OUT if a8 else 0)
         assert torch.equal(outs[0].data.view(torch.uint8), outs[1].data.view(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", WGMMA_KINDS)
 @pytest.mark.parametrize("splits", [None, 2, 3, 7])
 @pytest.mark.parametrize(("lens", "new"), [([30000], [60]), ([9000, 64, 2000], [1, 64, 133])], ids=str)
-def test_wgmma_splits(lens: list[int], new: list[int], splits: int | None) -> None:
+def test_wgmma_splits(lens: list[int], new: list[int], splits: int | None, kind: str) -> None:
     """Split keys, also parts without any key."""
     work = paged_prefill.PrefillWork.allocate(detect(), torch.device("cuda"))
-    case = make_case(lens, new, device="cuda", seed=len(lens))
+    case = make_case(lens, new, kind=kind, device="cuda", seed=len(lens))
     expected = reference(case)
     q, out, kernel = queries(case), new_out(case, False), wgmma_for(case)
     for scratch in (work.partial, work.stats):
@@ -167,7 +170,7 @@ def test_wgmma_splits(lens: list[int], new: list[int], splits: int | None) -> No
     else:
         paged_prefill.launch_wgmma(kernel, *common, 0, work, splits)
     assert bool(work.stats[:4].isfinite().any()), "nothing was split"
-    assert relative_error(out.data, expected) < LIMITS["bf16"]
+    assert relative_error(out.data, expected) < LIMITS[kind]
 
 
 def test_wgmma_beside_decoding_rows_in_a_graph() -> None:

@@ -44,10 +44,34 @@ DEVICE u32 pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+DEVICE u32 pack_f16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
 DEVICE u32 pack_e4m3(float low, float high) {
   u16 r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
+}
+// Two E4M3 numbers (the low 16 bits) in float16.
+DEVICE u32 widen_e4m3(u32 pair) {
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0,%1;" : "=r"(r) : "h"((u16)pair));
+  return r;
+}
+DEVICE float2 unpack_f16(u32 pair) {
+  float2 r;
+  asm("{.reg .f16 a,b; mov.b32 {a,b},%2; cvt.f32.f16 %0,a; cvt.f32.f16 %1,b;}" : "=f"(r.x), "=f"(r.y) : "r"(pair));
+  return r;
+}
+DEVICE uint4 load_shared(u32 at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+  return v;
+}
+DEVICE void store_shared(u32 at, const uint4& v) {
+  asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 DEVICE float quad_max(float v) {
   v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));

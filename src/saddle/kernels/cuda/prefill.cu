@@ -4,6 +4,7 @@
 //
 //   prefill_work.cuh      which tiles there are
 //   prefill_producer.cuh  queries, keys and values into shared memory
+//   prefill_fp8.cuh       FP8 memory: queries in two parts, values widened
 //   prefill_product.cuh   wgmma
 //   prefill_softmax.cuh   scores to weights
 //   prefill_output.cuh    results to memory
@@ -22,22 +23,22 @@ DEVICE void release(const u64* barrier, int lane) {
 
 // One turn behind the first: its scores, and the result of the one before.
 template <bool MASKED>
-DEVICE void compute_turn(Shared* s, u32 memory, const Consumer& c, u32 queries, int turn, const int (&position)[2],
-                         u32 (&weights)[KEYS / 4], float (&result)[64], Softmax& now) {
+DEVICE void compute_turn(Shared* s, u32 memory, const Consumer& c, u32 queries, int turn, const int (&seen)[2],
+                         const float (&factors)[2], u32 (&weights)[KEYS / 4], float (&result)[64], Softmax& now) {
   const int stage = turn % STAGES, before = (turn - 1) % STAGES;
   float scores[KEYS / 2], shrink[2];
   mbarrier_wait(shared_address(&s->key_full[stage]), (turn / STAGES) & 1);
   barrier_sync(TURN_OF + c.group, CONSUMERS);
   wgmma_begin();
-  issue_scores(scores, queries, memory + KEYS_AT + stage * KEY_BYTES);
+  issue_scores(scores, queries, memory + KEYS_AT + stage * LOADED_BYTES);
   mbarrier_wait(shared_address(&s->value_full[before]), ((turn - 1) / STAGES) & 1);
   issue_result(result, weights, memory + VALUES_AT + before * KEY_BYTES);
   barrier_arrive(TURN_OF + (c.group ^ 1), CONSUMERS);
   wgmma_wait<1>();
   pin(scores);
   release(&s->key_empty[stage], c.lane);
-  if (MASKED) mask(scores, position);
-  weigh(scores, now, shrink);
+  if (MASKED) mask(scores, factors, seen);
+  weigh<MASKED || !FP8>(scores, factors, now, shrink);
   wgmma_wait<0>();
   pin(result);
   pin(weights);
@@ -62,7 +63,13 @@ DEVICE void compute_tile(const Params& p, Shared* s, u32 memory, Consumer& c, co
   float result[64] = {};
   Softmax now{{UNSEEN, UNSEEN}, {0.f, 0.f}};
   if (tile.low < tile.high) {
-    const u32 queries = memory + slot * QUERY_BYTES + c.group * (SLAB * LINE_BYTES);
+    u32 queries = memory + slot * QUERY_BYTES + c.group * (SLAB * LINE_BYTES);
+    float factors[2] = {1.f, 1.f};
+    if (FP8) {
+      split_queries(queries, memory + PARTS_AT + c.group * (SLAB * LINE_BYTES), c.group, c.warp, c.lane, p.k_scale, factors);
+      queries = memory + PARTS_AT + c.group * (SLAB * LINE_BYTES);
+      mbarrier_arrive(shared_address(&s->query_empty[slot]));
+    }
     int turn = tile.high - 1, seen[2];
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -73,26 +80,26 @@ DEVICE void compute_tile(const Params& p, Shared* s, u32 memory, Consumer& c, co
       float scores[KEYS / 2], shrink[2];
       mbarrier_wait(shared_address(&s->key_full[stage]), parity);
       wgmma_begin();
-      issue_scores(scores, queries, memory + KEYS_AT + stage * KEY_BYTES);
-      if (tile.high * KEYS > tile.context) {
+      issue_scores(scores, queries, memory + KEYS_AT + stage * LOADED_BYTES);
+      if (!FP8 && tile.high * KEYS > tile.context) {
         mbarrier_wait(shared_address(&s->value_full[stage]), parity);
         clear_values(memory + VALUES_AT + stage * KEY_BYTES, tile.context - turn * KEYS);
       }
       wgmma_wait<0>();
       pin(scores);
       release(&s->key_empty[stage], c.lane);
-      mask(scores, seen);
-      weigh(scores, now, shrink);
+      mask(scores, factors, seen);
+      weigh<true>(scores, factors, now, shrink);
       round_weights(scores, weights);
     }
     const int all_seen = max(tile.low, (tile.position + 1) / KEYS);  // by the first token
     for (turn--, c.turns++; turn >= all_seen; turn--, c.turns++) {
       seen[0] += KEYS, seen[1] += KEYS;
-      compute_turn<true>(s, memory, c, queries, c.turns, seen, weights, result, now);
+      compute_turn<true>(s, memory, c, queries, c.turns, seen, factors, weights, result, now);
     }
     for (; turn >= tile.low; turn--, c.turns++)
-      compute_turn<false>(s, memory, c, queries, c.turns, seen, weights, result, now);
-    release(&s->query_empty[slot], c.lane);
+      compute_turn<false>(s, memory, c, queries, c.turns, seen, factors, weights, result, now);
+    if (!FP8) mbarrier_arrive(shared_address(&s->query_empty[slot]));
     const int stage = (c.turns - 1) % STAGES;
     mbarrier_wait(shared_address(&s->value_full[stage]), ((c.turns - 1) / STAGES) & 1);
     wgmma_begin();
@@ -102,7 +109,7 @@ DEVICE void compute_tile(const Params& p, Shared* s, u32 memory, Consumer& c, co
     pin(weights);
     release(&s->value_empty[stage], c.lane);
   } else {
-    release(&s->query_empty[slot], c.lane);
+    mbarrier_arrive(shared_address(&s->query_empty[slot]));
   }
   store(p, tile, line, c.lane, result, now);
 }
@@ -114,7 +121,6 @@ DEVICE void consume(const Params& p, Shared* s, u32 memory) {
     const int slot = index % QUERY_SLOTS;
     mbarrier_wait(shared_address(&s->query_full[slot]), (index / QUERY_SLOTS) & 1);
     const Tile tile = s->tiles[slot];
-    __syncwarp();
     if (tile.count == 0) break;
     compute_tile(p, s, memory, c, tile, slot);
   }
@@ -129,13 +135,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) prefill(const __g
   if (threadIdx.x == 0) {
     for (int i = 0; i < QUERY_SLOTS; i++) {
       mbarrier_init(shared_address(&s->query_full[i]), 1);
-      mbarrier_init(shared_address(&s->query_empty[i]), CONSUMERS / 32);
+      mbarrier_init(shared_address(&s->query_empty[i]), CONSUMERS);  // who read `tiles` says so
     }
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(shared_address(&s->key_full[i]), 1);
       mbarrier_init(shared_address(&s->key_empty[i]), CONSUMERS / 32);
-      mbarrier_init(shared_address(&s->value_full[i]), 1);
+      mbarrier_init(shared_address(&s->value_full[i]), FP8 ? WIDENERS / 32 : 1);
       mbarrier_init(shared_address(&s->value_empty[i]), CONSUMERS / 32);
+      mbarrier_init(shared_address(&s->narrow_full[i]), 1);
+      mbarrier_init(shared_address(&s->narrow_empty[i]), WIDENERS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -149,6 +157,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) prefill(const __g
   if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (threadIdx.x == CONSUMERS) produce(p, s, memory);
+    if (FP8 && threadIdx.x >= CONSUMERS + 32) widen_values(s, memory, threadIdx.x - CONSUMERS - 32);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     consume(p, s, memory);

@@ -44,7 +44,10 @@ DEVICE void store_part(const Params& p, const Tile& tile, int line, int lane, co
                        const Softmax& now, float total) {
   float* to = p.partial + ((size_t)tile.part * LINES + line) * HEAD_DIM + lane % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < 16; j++) *(float2*)(to + 8 * j) = make_float2(result[4 * j + 2 * r], result[4 * j + 2 * r + 1]);
+  for (int j = 0; j < 16; j++) {
+    const float scale = FP8 ? p.v_scale : 1.f;
+    *(float2*)(to + 8 * j) = make_float2(result[4 * j + 2 * r] * scale, result[4 * j + 2 * r + 1] * scale);
+  }
   if (lane % 4) return;
   p.stats[(size_t)tile.part * 2 * LINES + line] = now.best[r];
   p.stats[(size_t)tile.part * 2 * LINES + LINES + line] = total;
@@ -56,11 +59,11 @@ DEVICE void store(const Params& p, const Tile& tile, int first_line, int lane, c
   for (int r = 0; r < 2; r++) {
     const int line = first_line + 8 * r, token = line / GROUP;
     const bool real = line < TOKENS * GROUP && token < tile.count;
-    const float total = quad_sum(now.total[r]);
+    const float total = quad_sum(now.total[r]), factor = (FP8 ? p.v_scale : 1.f) / total;
     const size_t place = (size_t)(tile.token + (real ? token : 0)) * HEADS + tile.head * GROUP + line % GROUP;
     if (p.num_splits > 1) store_part(p, tile, line, lane, result, r, now, total);
     else if (p.output_scales == nullptr)
-      store_bf16((u16*)p.output + place * HEAD_DIM, result, r, 1.f / total, real, lane);
-    else store_e4m3((u8*)p.output + place * HEAD_DIM, p.output_scales + place, result, r, 1.f / total, real, lane);
+      store_bf16((u16*)p.output + place * HEAD_DIM, result, r, factor, real, lane);
+    else store_e4m3((u8*)p.output + place * HEAD_DIM, p.output_scales + place, result, r, factor, real, lane);
   }
 }

@@ -1,14 +1,16 @@
 // The loading thread: claims tiles, fetches their queries, and fills the rings of keys and values, all by the copy
 // engine. Keys are taken from the last on, so that those which only some tokens see come first.
 //
-// Memory holds a token's 16-byte chunk c at c ^ token % 8: copied as it is, in halves of 128 bytes, a block has the
-// swizzle that wgmma reads. Entries of a table behind a row's blocks point nowhere; the last block stands for them.
+// FP8 values go through a ring of their own, from which other warps widen them (prefill_fp8.cuh).
+//
+// Memory holds a token's 16-byte chunk c at c ^ token % 8: copied as it is, in halves of 128 bytes (FP8: whole), a block has
+// the swizzle that wgmma reads. Entries of a table behind a row's blocks point nowhere; the last block stands for them.
 #pragma once
 #include "prefill_work.cuh"
 
 DEVICE void copy_block(u32 to, const TensorMap* map, int line, u32 mbarrier) {
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+  for (int half = 0; half < (FP8 ? 1 : 2); half++)
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3}],[%4];" ::"r"(
             to + half * KEY_HALF),
@@ -41,11 +43,24 @@ DEVICE void load_turn(const Params& p, u32 ring, const u64* full, const u64* emp
   const int stage = turns % STAGES;
   if (turns >= STAGES) mbarrier_wait(shared_address(&empty[stage]), (turns / STAGES - 1) & 1);
   const u32 barrier = shared_address(&full[stage]);
-  mbarrier_expect(barrier, KEY_BYTES);
+  mbarrier_expect(barrier, LOADED_BYTES);
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++)
-    copy_block(ring + stage * KEY_BYTES + i * (BLOCK * LINE_BYTES), &p.memory,
+    copy_block(ring + stage * LOADED_BYTES + i * (BLOCK * LINE_BYTES), &p.memory,
                ((blocks.ids[i] * 2 + plane) * KV_HEADS + head) * BLOCK, barrier);
+}
+
+DEVICE void load_keys(const Params& p, Shared* s, u32 memory, int turns, const Blocks& blocks, int head) {
+  load_turn(p, memory + KEYS_AT, s->key_full, s->key_empty, turns, blocks, 0, head);
+}
+// `known`: keys of this turn within the row's context.
+DEVICE void load_values(const Params& p, Shared* s, u32 memory, int turns, const Blocks& blocks, int head, int known) {
+  if (!FP8) return load_turn(p, memory + VALUES_AT, s->value_full, s->value_empty, turns, blocks, 1, head);
+  const int stage = turns % STAGES;
+  if (turns >= STAGES) mbarrier_wait(shared_address(&s->narrow_empty[stage]), (turns / STAGES - 1) & 1);
+  s->known[stage] = known;
+  if (known < 0) mbarrier_arrive(shared_address(&s->narrow_full[stage]));
+  else load_turn(p, memory + NARROW_AT, s->narrow_full, s->narrow_empty, turns, blocks, 1, head);
 }
 
 DEVICE void produce(const Params& p, Shared* s, u32 memory) {
@@ -68,17 +83,18 @@ DEVICE void produce(const Params& p, Shared* s, u32 memory) {
     Blocks now = blocks_of(table, tile.high - 1, last), before = now;
     for (int turn = tile.high - 1; turn >= tile.low; turn--, turns++) {
       const Blocks next = blocks_of(table, turn - 1, last);  // fetched a turn ahead
-      load_turn(p, memory + KEYS_AT, s->key_full, s->key_empty, turns, now, 0, tile.head);
+      load_keys(p, s, memory, turns, now, tile.head);
       if (turn < tile.high - 1)
-        load_turn(p, memory + VALUES_AT, s->value_full, s->value_empty, turns - 1, before, 1, tile.head);
+        load_values(p, s, memory, turns - 1, before, tile.head, tile.context - (turn + 1) * KEYS);
       before = now;
       now = next;
     }
-    const int head = tile.head;
+    const int head = tile.head, known = tile.context - tile.low * KEYS;
     const bool any = tile.high > tile.low;
     tile = find_tile(p, s, claimed);
-    if (any) load_turn(p, memory + VALUES_AT, s->value_full, s->value_empty, turns - 1, before, 1, head);
+    if (any) load_values(p, s, memory, turns - 1, before, head, known);
   }
+  if (FP8) load_values(p, s, memory, turns, Blocks{}, 0, -1);
   // Every block has claimed its last tile when the last one comes here: the next launch counts from zero.
   if (atomicAdd(p.queue + 1, 1) == (int)gridDim.x - 1) p.queue[0] = p.queue[1] = 0;
 }

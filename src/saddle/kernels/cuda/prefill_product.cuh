@@ -2,7 +2,7 @@
 // 16 w + g + 8 (d[4 j + 2], d[4 j + 3]) the columns 8 j + 2 t and 8 j + 2 t + 1. As operand of the next product the same
 // numbers, in pairs, lie where it wants them: weights never leave the registers.
 #pragma once
-#include "prefill_producer.cuh"
+#include "prefill_fp8.cuh"
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D64                                                                                                    \
@@ -21,21 +21,40 @@ DEVICE void multiply_queries(float (&d)[64], u64 a, u64 b, int add) {
       : D64
       : "l"(a), "l"(b), "r"(add));
 }
-// d [64][128] += weights [64][16] (registers) values [16][128]
-DEVICE void multiply_values(float (&d)[64], const u32* a, u64 b) {
+// The same of 32 columns in E4M3.
+DEVICE void multiply_parts(float (&d)[64], u64 a, u64 b, int add) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      NAMES64 ",{%64,%65,%66,%67},%68,1,1,1,1;"
+      "{.reg .pred p; setp.ne.b32 p,%66,0;"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      NAMES64 ",%64,%65,p,1,1;}"
       : D64
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "l"(a), "l"(b), "r"(add));
 }
+// d [64][128] += weights [64][16] (registers) values [16][128], in bf16, or in float16 for FP8 memory
+#define MULTIPLY_VALUES(type)                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type  \
+               " " NAMES64 ",{%64,%65,%66,%67},%68,1,1,1,1;"        \
+               : D64                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+DEVICE void multiply_values(float (&d)[64], const u32* a, u64 b) {
+  if (FP8) MULTIPLY_VALUES("f16.f16");
+  else MULTIPLY_VALUES("bf16.bf16");
+}
+#undef MULTIPLY_VALUES
 #undef NAMES64
 #undef D64
 #undef D4
 
-// scores = queries keys^T, issued.
+// scores = queries keys^T, issued. FP8: of both parts of the queries.
 DEVICE void issue_scores(float (&scores)[KEYS / 2], u32 queries, u32 keys) {
   const u64 a = operand(queries), b = operand(keys);
+  if (FP8) {
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+      multiply_parts(scores, a + (k / 4 * PART_BYTES + k % 4 * 32) / 16, b + k % 4 * 32 / 16, k != 0);
+    wgmma_commit();
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < HEAD_DIM / 16; k++)  // addresses count 16 bytes
     multiply_queries(scores, a + (k / 4 * QUERY_HALF + k % 4 * 32) / 16, b + (k / 4 * KEY_HALF + k % 4 * 32) / 16, k != 0);

@@ -8,7 +8,7 @@
 
 struct Params {
   TensorMap queries;        // [T][heads][128] bf16
-  TensorMap memory;         // [block, k or v, kv head, token][128] bf16
+  TensorMap memory;         // [block, k or v, kv head, token][128] bf16 or E4M3
   const int* block_tables;  // [rows of the engine][table_stride]
   const int* row_ids;       // [R]
   const int* query_starts;  // [R + 1]
@@ -22,6 +22,7 @@ struct Params {
   int first_row;
   int num_rows;
   int num_splits;
+  float k_scale, v_scale;   // of FP8 memory
 };
 
 struct Tile {
@@ -38,6 +39,8 @@ struct Tile {
 struct Shared {
   u64 query_full[QUERY_SLOTS], query_empty[QUERY_SLOTS];
   u64 key_full[STAGES], key_empty[STAGES], value_full[STAGES], value_empty[STAGES];
+  u64 narrow_full[STAGES], narrow_empty[STAGES];
+  int known[STAGES];  // keys of the turn that lie within the context; -1: no turn follows
   Tile tiles[QUERY_SLOTS];
   u16 ends[MAX_ROWS];  // tiles up to and with this row
 };
