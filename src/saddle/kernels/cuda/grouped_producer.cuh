@@ -1,6 +1,6 @@
 // The loading warpgroup: claims tiles and fills the ring. Weights come by the copy engine, the pairs' rows, which lie
 // anywhere, 16 bytes a thread with the same swizzle. A turn is full when the engine's bytes and all threads' copies have
-// landed; whoever multiplies fences them for wgmma (waiting and fencing here costs a fifth at 8,192 tokens).
+// landed.
 //
 // The engine swizzles 8 rows of 128 bytes (two rows of a tile each) where wgmma reads 16 rows of 64: rows 0 to 7 come
 // out in place, rows 8 to 15 of a tile with odd and even exchanged. The columns of a sum that they are lie in one

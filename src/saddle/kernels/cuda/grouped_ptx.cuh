@@ -45,9 +45,6 @@ DEVICE void copy4(u32 to, const void* from) {
 DEVICE void copies_arrive(u32 mbarrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbarrier) : "memory");
 }
-// What was written into shared memory by threads, and what this one knows of, becomes visible to its wgmma.
-DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ---- numbers
 DEVICE u32 pack_bf16(float low, float high) {
   u32 r;
@@ -60,31 +57,36 @@ DEVICE u32 pack_e4m3(float low, float high) {
   return r;
 }
 
-// ---- matrix units. An operand of wgmma whose k lies along rows of WIDTH bytes in shared memory, 16-byte chunks XORed
+// ---- matrix units. A second operand of wgmma whose k lies along rows of 64 bytes in shared memory, 16-byte chunks XORed
 // with the row as the copy engine's swizzle of that width does; GROUP bytes from 8 rows to the next.
-template <int WIDTH, int GROUP> DEVICE u64 operand(u32 at) {
-  constexpr u64 KIND = WIDTH == 128 ? 1 : 2;
-  return (KIND << 62) | ((u64)(GROUP >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
+template <int GROUP> DEVICE u64 operand(u32 at) {
+  constexpr u64 SWIZZLE_64_BYTES = 2;
+  return (SWIZZLE_64_BYTES << 62) | ((u64)(GROUP >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
 }
 DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// The sums are operands, so that no use of them moves in front of the wait.
-DEVICE void wgmma_wait(float (&d)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Waits for all but the last PENDING groups. The sums of one that is done are operands: no use of them moves in front.
+template <int PENDING> DEVICE void wgmma_wait(float (&d)[32]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #pragma unroll
-  for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
-// d[64][128] (+)= a[64][32] b[128][32]^T, E4M3. Lane 4 g + t of warp w holds of rows 16 w + g (d[4 j], d[4 j + 1]) and
-// 16 w + g + 8 (d[4 j + 2], d[4 j + 3]) the columns 8 j + 2 t and 8 j + 2 t + 1.
-DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int add) {
+// d[64][64] (+)= a[64][32] b[64][32]^T, E4M3. Lane 4 g + t of warp w holds of rows 16 w + g (d[4 j], d[4 j + 1]) and
+// 16 w + g + 8 (d[4 j + 2], d[4 j + 3]) the columns 8 j + 2 t and 8 j + 2 t + 1; of a, in rows 16 w + g (a[0], a[2])
+// and 16 w + g + 8 (a[1], a[3]), k from 4 t (a[0], a[1]) and from 16 + 4 t on: what ldmatrix gives.
+DEVICE void wgmma(float (&d)[32], const u32* a, u64 b, int add) {
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
   asm volatile(
-      "{.reg .pred p; setp.ne.b32 p,%66,0;"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,"
-      "%61,%62,%63},%64,%65,p,1,1;}"
-      : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
-      : "l"(a), "l"(b), "r"(add));
+      "{.reg .pred p; setp.ne.b32 p,%37,0;"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+      "{%32,%33,%34,%35},%36,p,1,1;}"
+      : D8(0), D8(8), D8(16), D8(24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 #undef D8
+}
+// Four 8 x 8 matrices of 16-bit items; lane i gives the address of row i % 8 of matrix i / 8.
+DEVICE void ldmatrix(u32 at, u32* r) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }

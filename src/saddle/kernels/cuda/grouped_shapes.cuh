@@ -15,7 +15,8 @@ constexpr int PAIRS = 128;
 constexpr int ROWS = 256;
 constexpr int TURN_K = 128;  // one scale a turn: a token's for 128 columns, a weight's for 128 x 128
 constexpr int SLAB = 64;     // pairs of one wgmma; a tile of at most 64 pairs is one slab
-constexpr int HALF = 128;    // rows of one wgmma
+constexpr int HALF = 128;    // rows of one scale, and what a warpgroup takes of a tile of one slab
+constexpr int PIECE = 64;    // rows of one wgmma
 
 // ---- threads: two warpgroups multiply, one loads
 constexpr int CONSUMERS = 256;
