@@ -100,14 +100,34 @@ def run_kernel(kv_format: int, rows: list[int]) -> None:
         tests.check_demo(kernel, model, kv, count, tests.LIMITS["fp8" if kv_format else "bf16"])
 
 
-def hazards(call: str, kernel: str) -> tuple[int, str]:
-    """Number of hazards that racecheck displays for a call of this module, and all that it prints."""
+def run_prompts(kind: str) -> None:
+    """In the checked process: attention of prompts, compared with the reference; blocks of threads with many tiles."""
+    from saddle.kernels import paged_kv, prompt_attention, quant
+    from tests.support import paged_attention as support
+
+    case = support.make_case([300, 40, 200], [170, 40, 1], heads=12, kv_heads=2, kind=kind, device="cuda")
+    expected = support.reference(case)
+    q, k, v = support.split(case)
+    paged_kv.write_tokens(case.kv, case.slots, k, v)
+    q = (q * (paged_kv.HEAD_DIM**-0.5 * 1.4426950408889634)).flatten(1).bfloat16()  # to base 2
+    out = quant.allocate(case.num_tokens, 12 * 128, torch.bfloat16, "cuda")
+    kernel = prompt_attention.PromptAttention(case.kv, 12, target.detect())
+    kernel.num_blocks = 3
+    for _ in range(2):
+        out.data.fill_(float("nan"))
+        kernel.attend(q, case.kv, case.block_tables, case.row_ids, case.query_starts, case.context_lens, 0, 3, out)
+        assert support.relative_error(out.data, expected) < (0.05 if kind == "fp8" else 5e-3)
+
+
+def hazards(call: str, kernel: str, tool: str = "racecheck") -> tuple[int, str]:
+    """Number of hazards (memcheck: errors) that the tool displays for a call of this module, and all that it prints."""
     code = f"from tests.gpu import test_racecheck; test_racecheck.{call}; print('RAN')"
-    command = [str(TOOL), "--tool", "racecheck", "--racecheck-report", "analysis", "--print-limit", "200",
+    options = ["--racecheck-report", "analysis"] if tool == "racecheck" else []
+    command = [str(TOOL), "--tool", tool, *options, "--print-limit", "200",
                "--show-backtrace", "no", "--kernel-name", f"kns={kernel}", sys.executable, "-c", code]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
     text = done.stdout + done.stderr
-    summary = text.partition("RACECHECK SUMMARY: ")[2].split()
+    summary = text.partition("RACECHECK SUMMARY: " if tool == "racecheck" else "ERROR SUMMARY: ")[2].split()
     assert "RAN" in done.stdout and summary, text[-3000:]
     return int(summary[0]), text
 
@@ -122,8 +142,15 @@ def test_what_the_tool_sees_in_a_ring(every_thread: bool, waits: bool, found: bo
     assert (count > 0) == found, text
 
 
-@pytest.mark.parametrize(("kv_format", "rows"), [(0, [1, 2, 3, 8, 11, 16]), (2, [3, 16])], ids=["bf16", "fp8_dynamic"])
+@pytest.mark.parametrize(("kv_format", "rows"), [(0, [1, 2, 3, 8, 11, 12]), (2, [3, 12])], ids=["bf16", "fp8_dynamic"])
 def test_no_hazards(kv_format: int, rows: list[int]) -> None:
     count, text = hazards(f"run_kernel({kv_format}, {rows})", "persistent")
     print(text[-2000:])
+    assert count == 0, text[:6000]
+
+
+@pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_attention_of_prompts(kind: str, tool: str) -> None:
+    count, text = hazards(f"run_prompts({kind!r})", "prefill", tool)
     assert count == 0, text[:6000]
