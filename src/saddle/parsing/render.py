@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -93,18 +93,17 @@ class Renderer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
-        limit: int | None = None,
+        check: Callable[[str], None] | None = None,
     ) -> Rendered:
         """Text and ids of a conversation.
 
         Args:
             continue_final_message: leave the last turn open, so that the model goes on with it.
             template_kwargs: further variables of the template.
-            limit: tokens that the caller has room for; what is much too long is not encoded to its end.
+            check: looks at the text before it is encoded, which may take long, and may raise.
 
         Raises:
             InvalidRequest: the template refuses the conversation; carries its message.
-            ContextTooLong: it is far above `limit`.
         """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequest("continue_final_message and add_generation_prompt exclude each other.",
@@ -112,8 +111,8 @@ class Renderer:
         text = self._text(conversation, add_generation_prompt, template_kwargs or {})
         if continue_final_message:
             text = text.removesuffix(TURN_END)
-        if limit is not None:
-            self._tokenizer.refuse_far_too_long(text, limit)
+        if check is not None:
+            check(text)
         pieces = split(text)
         replayed = self._replayed(conversation, pieces, continue_final_message)
         ids: list[int] = []

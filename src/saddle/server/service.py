@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 RENDER_THREADS = 2
 RETRY_AFTER_S = 1
+# Of a text that is counted or cut: some times of what a context holds, and less than would fill the memory.
+FAR_CHARS, CHARS_PER_TOKEN = 4_000_000, 32
 DRAINING = "The server is shutting down."
 
 
@@ -149,8 +151,8 @@ class Service:
         self._check_queue()
         self._change_opening(+1)
         try:
-            limit = facts.max_model_len if job.keep_last is job.keep_first is None else None
-            prompts = [_cut(job, await self._encode(prompt, limit)) for prompt in job.prompts]
+            limit, is_cut = facts.max_model_len, job.keep_last is not None or job.keep_first is not None
+            prompts = [_cut(job, await self._encode(prompt, limit, is_cut)) for prompt in job.prompts]
             params = [self._fit(job.params, ids, facts.max_model_len) for ids in prompts]
             generation = Generation(self._backend, job, prompts, arrival_s, self._forget)
             await self._submit(generation, params)
@@ -177,16 +179,27 @@ class Service:
         Raises:
             InvalidRequest: as the renderer refused it.
         """
-        return await self._encode(prompt, None, self._counting)
+        return await self._encode(prompt, self.facts().max_model_len, True, self._counting)
 
     async def _encode(
-        self, prompt: Prompt, limit: int | None, threads: ThreadPoolExecutor | None = None
+        self, prompt: Prompt, limit: int, to_its_end: bool, threads: ThreadPoolExecutor | None = None
     ) -> list[int]:
-        """Token ids of a prompt. Rendering and encoding run on a thread; a text far above `limit` is refused early."""
+        """Token ids of a prompt. Rendering and encoding run on a thread.
+
+        What is far above `limit` tokens is refused before it is encoded; what is to be encoded `to_its_end` all the
+        same, because it is counted or cut, has a limit of its own.
+        """
         if isinstance(prompt, TokenPrompt):
             return prompt.token_ids
+
+        def check(text: str) -> None:
+            if not to_its_end:
+                self.tokenizer.refuse_far_too_long(text, limit)
+            elif len(text) > (longest := max(FAR_CHARS, CHARS_PER_TOKEN * limit)):
+                raise ContextTooLong(f"prompt is too long: {len(text)} characters > {longest} maximum", "input_tokens")
+
         make = self._render if isinstance(prompt, ChatPrompt) else self._encode_text
-        return await self.apart(make, prompt, limit, threads=threads)
+        return await self.apart(make, prompt, check, threads=threads)
 
     async def apart(self, make: Callable[..., Made], *args: Any, threads: ThreadPoolExecutor | None = None) -> Made:
         """`make(*args)` on a thread: for what may take longer than the event loop can wait.
@@ -199,18 +212,17 @@ class Service:
         except RecursionError:
             raise InvalidRequest("The request is nested too deeply.") from None
 
-    def _encode_text(self, prompt: TextPrompt, limit: int | None) -> list[int]:
-        if limit is not None:
-            self.tokenizer.refuse_far_too_long(prompt.text, limit)
+    def _encode_text(self, prompt: TextPrompt, check: Callable[[str], None]) -> list[int]:
+        check(prompt.text)
         return self.tokenizer.encode(prompt.text)
 
-    def _render(self, prompt: ChatPrompt, limit: int | None) -> list[int]:
+    def _render(self, prompt: ChatPrompt, check: Callable[[str], None]) -> list[int]:
         rendered = self._renderer.render(
             normalise(prompt.messages, prompt.tools),
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
             template_kwargs=dict(prompt.template_kwargs),
-            limit=limit,
+            check=check,
         )
         return rendered.token_ids
 

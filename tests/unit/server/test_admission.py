@@ -16,6 +16,7 @@ from saddle.config import ServerConfig
 from saddle.errors import InvalidRequest, Overloaded
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats, TokenDelta, TokenRequest
+from saddle.server import service
 from saddle.server.sse import ClientGone, whole
 from tests.unit.server.harness import Harness, refuse, running, until, words
 
@@ -116,6 +117,27 @@ async def test_a_prompt_that_is_far_too_long_is_not_counted_to_its_end(tokenizer
             _, page = await server.get("/metrics")
     assert sorted(size for size in encoded if size > 1000) == [10_000] * 4 + [20_000]
     assert 'reason="prompt_too_long"} 4.0' in page
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/tokenize", {"prompt": "LONG"}), ("/tokenize", {"messages": [{"role": "user", "content": "LONG"}]}),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "LONG"}]}),
+    ("/v1/responses/input_tokens", {"input": "LONG"}), (TEXT, {"prompt": "LONG", "truncate_prompt_tokens": 5}),
+])  # fmt: skip
+async def test_what_is_counted_or_cut_has_a_limit_too(
+    tokenizer: Tokenizer, path: str, body: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of characters: encoding 20 MB to their end takes ten seconds and gigabytes."""
+    monkeypatch.setattr(service, "FAR_CHARS", 0)
+
+    def of_length(length: int) -> dict[str, object]:
+        return dict(json.loads(json.dumps(body).replace("LONG", "x" * length)))
+
+    async with running(tokenizer, words(tokenizer, "x")) as server:
+        status, refused = await server.post(path, of_length(512 * 32 + 1))
+        assert status == 400
+        assert re.search(r"prompt is too long: 16\d{3} characters > 16384 maximum", refused["error"]["message"])
+        assert (await server.post(path, of_length(512 * 30)))[0] == 200
 
 
 async def test_queue_limit(tokenizer: Tokenizer) -> None:
