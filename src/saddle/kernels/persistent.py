@@ -1,4 +1,4 @@
-"""The persistent decode kernel: one launch a step of up to 16 rows, from token ids to logits. GPUs of sm_90 only.
+"""The persistent decode kernel: one launch a step of up to 12 rows, from token ids to logits. GPUs of sm_90 only.
 
 The kernel is CUDA C++ (`cuda/persistent.cu` and one header a stage). This file says what it supports, compiles it for
 the model's shape, and launches it. Its math is that of `model/m2.py`; activations are float16 where the other GPU path
@@ -25,9 +25,9 @@ from saddle.kernels.target import Target
 from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix
 from saddle.version import VERSION
 
-MAX_ROWS = 16
+MAX_ROWS = 12
 ROTARY_DIM = 64
-VARIANTS = (1, 2, 4, 8, 12, 16)  # rows that a binary is compiled for
+VARIANTS = (1, 2, 4, 8, 12)  # rows that a binary is compiled for
 # As shapes.cuh.
 GROUP = 6
 SPLITS = 16
@@ -191,7 +191,7 @@ class PersistentDecode:
     Args:
         model: FP8 tiles; kept, and must not move.
         kv: one entry a layer, adjacent in memory in the order of layers.
-        max_rows: most rows of a step, at most 16.
+        max_rows: most rows of a step, at most 12.
         cache_dir: where compiled binaries are kept; None: nowhere.
         uniform_routing: experts are a hash of layer, position and token; for timing with dummy weights.
         wait_seconds: a step that still waits for something after this time has failed and ends with a CUDA error.

@@ -68,9 +68,9 @@ def test_constants_are_the_same_on_both_sides(name: str, value: int) -> None:
 
 
 def test_rows_and_their_binaries() -> None:
-    allowed = re.search(r"MAX_ROWS <= 8 \? 8 % MAX_ROWS == 0 : MAX_ROWS == (\d+) \|\| MAX_ROWS == (\d+)", TEXT)
+    allowed = re.search(r"MAX_ROWS <= 8 \? 8 % MAX_ROWS == 0 : MAX_ROWS == (\d+)", TEXT)
     assert allowed is not None
-    assert (1, 2, 4, 8, *map(int, allowed.groups())) == persistent.VARIANTS
+    assert (1, 2, 4, 8, int(allowed.group(1))) == persistent.VARIANTS
     assert persistent.VARIANTS[-1] == persistent.MAX_ROWS
 
 
@@ -143,8 +143,8 @@ def test_compiled_binaries_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("shape", "rows", "kv_format"),
-    [(replace(M2, num_layers=16), 4, 0), (replace(M2, num_layers=16), 16, 0), (DEMO, 1, 2)],
-    ids=["m2", "m2_16_rows", "demo"],
+    [(replace(M2, num_layers=16), 4, 0), (replace(M2, num_layers=16), 12, 0), (DEMO, 1, 2)],
+    ids=["m2", "m2_12_rows", "demo"],
 )
 def test_compiles(shape: DecodeShape, rows: int, kv_format: int) -> None:
     try:

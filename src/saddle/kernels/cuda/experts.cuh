@@ -1,7 +1,7 @@
 // The experts: up = silu(W1 h) * (W3 h) for every (row, expert), then down = W2 up, times the routing weight, into the
 // residual. A slot serves all rows that chose its expert; the mma's other columns are computed and dropped. Of more than
 // 8 rows those that chose the expert are gathered into 8 columns, if they fit: a second mma for columns that are dropped
-// again would cost the down stage a tenth of its speed.
+// again slowed the down stage by a tenth.
 #pragma once
 #include "router.cuh"
 

@@ -5,7 +5,7 @@
 
 DEVICE void load_attention(Consumer& c, int part) {
   constexpr int WORDS = O_WIDTH / 2, EACH = (WORDS / 2 + NUM_THREADS - 1) / NUM_THREADS;  // two words a load
-  constexpr int ROWS = NORM_ROWS;  // polled together
+  constexpr int ROWS = MAX_ROWS < 4 ? MAX_ROWS : MAX_ROWS <= 8 ? 4 : 6;  // polled together
 #pragma unroll
   for (int first = 0; first < MAX_ROWS; first += ROWS) {
     u64 word[ROWS][EACH][2];

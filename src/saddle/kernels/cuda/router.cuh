@@ -140,9 +140,8 @@ DEVICE void router_stage(Consumer& c, int layer) {
   }
   if (c.thread < NUM_EXPERTS / EXPERTS_A_WORD) sts32(expert_word(c, c.thread * EXPERTS_A_WORD), 0);
   consumers_sync();
-#pragma unroll 1
-  for (int row = c.warp; row < MAX_ROWS; row += NUM_WARPS) {
-    if (!((c.rows >> row) & 1)) continue;
+  static_assert(MAX_ROWS <= NUM_WARPS, "a warp chooses the experts of one row");
+  if (const int row = c.warp; row < MAX_ROWS && ((c.rows >> row) & 1)) {
     float logit[LANE_EXPERTS];
     wait_logits(c, row, logit);
     if (c.p.uniform_routing) choose_uniformly(c, layer, row);

@@ -10,7 +10,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4, 8, 12 or 16: columns of one or two mma.m16n8k16
+constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4, 8 or 12: columns of one or two mma.m16n8k16
 constexpr int HIDDEN = SADDLE_HIDDEN;
 constexpr int NUM_HEADS = SADDLE_NUM_HEADS;
 constexpr int NUM_KV_HEADS = SADDLE_NUM_KV_HEADS;
@@ -68,8 +68,7 @@ typedef Fp8Shape<HIDDEN> UpShape;  // w1 and w3, interleaved 8 rows by 8
 typedef Fp8Shape<INTERMEDIATE> DownShape;
 typedef Fp8Shape<Q_WIDTH> OutputShape;
 typedef Bf16Shape<HIDDEN> HeadShape;
-// The attention output of 8 rows does not fit beside the ring, nor that of 16: O is computed in parts of at most 3,072
-// columns.
+// The attention output of 8 rows does not fit beside the ring: O is computed in parts of at most 3,072 columns.
 constexpr int O_PARTS = (Q_WIDTH + 3071) / 3072;
 constexpr int O_WIDTH = Q_WIDTH / O_PARTS;
 constexpr int O_SLOTS = OutputShape::SLOTS / O_PARTS;
@@ -79,7 +78,7 @@ constexpr int GATE_CTAS = NUM_EXPERTS / GATE_ROWS;
 // ---- the ring
 constexpr int RING_SLOT_BYTES = 24704;  // the largest slot: 16 x 1,536 FP8 and 24 scales
 // As many slots as fit beside the activations: they fill while the consumers wait at a barrier.
-constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : MAX_ROWS <= 4 ? 7 : MAX_ROWS <= 8 ? 6 : MAX_ROWS <= 12 ? 5 : 4;
+constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : MAX_ROWS <= 4 ? 7 : MAX_ROWS <= 8 ? 6 : 5;
 // Slots issued but not landed. Two (49 KB a multiprocessor) saturate the memory; more only queue in front of every
 // barrier, poll and small load. Never more than the ring has: a wait on a wrapped parity would not end.
 constexpr int WINDOW_EXPERTS = 2;
@@ -88,8 +87,9 @@ constexpr int WINDOW_OTHER = MAX_ROWS <= 4 ? 1 : 2;  // KV, O and router: words 
 // A long context is a stream like the experts.
 constexpr int WINDOW_LONG_KV = WINDOW_EXPERTS, LONG_KV_SLOTS = 8;
 constexpr int WINDOW_HEAD = 3;  // nobody else wants the memory
-// Share of the tiles that multiprocessors claim at run time: they are served up to 19 % unequally.
-constexpr int CLAIMED_EXPERTS = 60;
+// Share of the tiles that multiprocessors claim at run time: they are served up to 19 % unequally. With more than 8 rows it
+// takes longer to come to another expert, and claimed tiles are those of another expert most often.
+constexpr int CLAIMED_EXPERTS = MAX_ROWS <= 8 ? 60 : 50;
 constexpr int CLAIMED_HEAD = 20;
 
 // ---- KV memory (kernels/paged_kv.py): [block][k|v][kv head][64 tokens][128]
@@ -142,7 +142,7 @@ constexpr int SUMS_BYTES = 2 * NUM_WARPS * 8 * ((MAX_ROWS + 1) / 2) * 16;  // tw
 constexpr int SQUARE_PITCH = 8 * COLUMN_GROUPS;  // words of a tile's sums of squares
 constexpr int NORM_ROWS = MAX_ROWS <= 8 ? MAX_ROWS : MAX_ROWS / 2;  // a thread holds as many rows at once
 
-static_assert(MAX_ROWS <= 8 ? 8 % MAX_ROWS == 0 : MAX_ROWS == 12 || MAX_ROWS == 16, "rows are columns of two mma");
+static_assert(MAX_ROWS <= 8 ? 8 % MAX_ROWS == 0 : MAX_ROWS == 12, "rows are columns of two mma");
 static_assert(HIDDEN % 128 == 0 && HIDDEN <= 3072, "a thread holds at most 8 columns of a row");
 static_assert(INTERMEDIATE % 128 == 0 && INTERMEDIATE <= 1536, "an expert's activation is one slot wide");
 static_assert(Q_WIDTH % O_PARTS == 0 && OutputShape::SLOTS % O_PARTS == 0, "parts of O are whole slots");

@@ -1,4 +1,4 @@
-// Products of packed weight tiles and the activations of up to 16 rows on tensor cores.
+// Products of packed weight tiles and the activations of up to 12 rows on tensor cores.
 //
 // A tile's 16 rows are the rows of mma.m16n8k16, the batch its 8 columns; more rows are the columns of a second mma with
 // the same weights. Lane 4 g + t reads 16 bytes at row g (and row g + 8), byte 16 t of a tile: no bank conflicts, and the
