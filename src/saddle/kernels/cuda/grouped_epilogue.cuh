@@ -3,23 +3,7 @@
 #pragma once
 #include "grouped_product.cuh"
 
-// Words of four chunks -> words of this lane's chunk, from the quad's four lanes.
-DEVICE void exchange(u32 (&w)[4], int lane) {
-  const bool odd = lane & 1, high = lane & 2;
-  u32 a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
-  if (odd) w[0] = a, w[2] = b;
-  else w[1] = a, w[3] = b;
-  a = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2), b = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
-  if (high) w[0] = a, w[1] = b;
-  else w[2] = a, w[3] = b;
-}
-
 DEVICE float swiglu(float gate, float up) { return __fdividef(gate, 1.f + __expf(-gate)) * up; }
-
-DEVICE float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
-}
 
 // silu(gate) * up in E4M3 with a scale per pair and 128 columns.
 template <class S, int HALVES>
@@ -60,7 +44,7 @@ DEVICE void store_active(const Params& p, Consumer& c, Shared* s, const Tile& ti
         const float* v = sum[h] + 16 * q + 2 * r;
         w[q] = pack_e4m3(v[0] * inverse, v[1] * inverse) | pack_e4m3(v[8] * inverse, v[9] * inverse) << 16;
       }
-      exchange(w, c.lane);
+      quad_transpose(w, c.lane);
       const uint4 all = make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410),
                                    __byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632));
       if (real) *(uint4*)(to + h * 64) = all;
@@ -88,7 +72,7 @@ DEVICE void store_bf16(const Params& p, const Consumer& c, const Tile& tile, int
           const float* v = sum[h] + 16 * q + 4 * j + 2 * r;
           w[j] = pack_bf16(v[j % 2] * share, v[1 - j % 2] * share);
         }
-        exchange(w, c.lane);
+        quad_transpose(w, c.lane);
         if (real) *(uint4*)(to + h * HALF + q * 32) = make_uint4(w[0], w[1], w[2], w[3]);
       }
   }

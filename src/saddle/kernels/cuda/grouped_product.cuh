@@ -66,7 +66,7 @@ DEVICE void multiply(const Params& p, Consumer& c, Shared* s, u32 ring, const Ti
     for (int k = 0; k < 4; k++) ldmatrix(at + a_at + (((2 * k + a_chunk) ^ a_swizzle) << 4), a[k]);
     const float top = s->scales[stage][row], low = s->scales[stage][row + 8];
     const float first = __shfl_sync(~0u, scales.x, turn % 32), second = __shfl_sync(~0u, scales.y, turn % 32);
-    const u64 b = operand<512>(at + half * (HALF * TILE_K));
+    const u64 b = weights_operand(at + half * (HALF * TILE_K));
     float factors[4];
 #pragma unroll
     for (int piece = 0; piece < 2 * HALVES; piece++) {

@@ -1,31 +1,7 @@
-// Single instructions under their names. Contract: no state, no decisions. `u32` addresses are in shared memory.
+// The instructions that these products need beside those of hopper.cuh. Contract as there.
 #pragma once
 #include "grouped_shapes.cuh"
 
-struct alignas(64) TensorMap {
-  u64 words[16];
-};
-
-DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-DEVICE float lds_f32(u32 at) {
-  float v;
-  asm volatile("ld.shared.f32 %0,[%1];" : "=f"(v) : "r"(at) : "memory");
-  return v;
-}
-
-// ---- mbarriers
-DEVICE void mbarrier_init(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(at), "r"(count)); }
-DEVICE void mbarrier_arrive(u32 at) { asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(at) : "memory"); }
-DEVICE void mbarrier_expect(u32 at, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(at), "r"(bytes) : "memory");
-}
-DEVICE void mbarrier_wait(u32 at, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
-                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
-  } while (!done);
-}
 DEVICE void consumers_sync() { asm volatile("bar.sync 1,%0;" ::"n"(CONSUMERS) : "memory"); }
 
 // ---- copies into shared memory
@@ -45,31 +21,16 @@ DEVICE void copy4(u32 to, const void* from) {
 DEVICE void copies_arrive(u32 mbarrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbarrier) : "memory");
 }
-// ---- numbers
-DEVICE u32 pack_bf16(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE u32 pack_e4m3(float low, float high) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
 
-// ---- matrix units. A second operand of wgmma whose k lies along rows of 64 bytes in shared memory, 16-byte chunks XORed
-// with the row as the copy engine's swizzle of that width does; GROUP bytes from 8 rows to the next.
-template <int GROUP> DEVICE u64 operand(u32 at) {
-  constexpr u64 SWIZZLE_64_BYTES = 2;
-  return (SWIZZLE_64_BYTES << 62) | ((u64)(GROUP >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
+// ---- matrix units. A second operand of wgmma, its k along rows of 64 bytes, 16-byte chunks XORed with the row as the
+// copy engine's swizzle of 64 bytes does.
+DEVICE u64 weights_operand(u32 at) {
+  return (2ull << 62) | ((u64)(8 * TILE_K >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
 }
-DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits for all but the last PENDING groups. The sums of one that is done are operands: no use of them moves in front.
+// Waits for all but the last PENDING groups, one of which, done by then, wrote d.
 template <int PENDING> DEVICE void wgmma_wait(float (&d)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-#pragma unroll
-  for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
+  wgmma_wait<PENDING>();
+  pin(d);
 }
 // d[64][64] (+)= a[64][32] b[64][32]^T, E4M3. Lane 4 g + t of warp w holds of rows 16 w + g (d[4 j], d[4 j + 1]) and
 // 16 w + g + 8 (d[4 j + 2], d[4 j + 3]) the columns 8 j + 2 t and 8 j + 2 t + 1; of a, in rows 16 w + g (a[0], a[2])

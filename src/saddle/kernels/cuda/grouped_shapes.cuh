@@ -1,12 +1,6 @@
 // Sizes of FP8 products over many tokens, and what they depend on. All are compile-time: one binary a shape.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
+#include "hopper.cuh"
 
 // ---- the tile of a block: 128 pairs x 256 rows of a weight, 128 columns a turn
 // More sums do not fit the registers: two warpgroups hold 128 a thread, and 64 of the turn at work. (Two blocks that
