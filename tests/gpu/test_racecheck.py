@@ -35,11 +35,13 @@ typedef unsigned long long u64;
 DEVICE u32 at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void init(u64* b, u32 n) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(at(b)), "r"(n) : "memory"); }
 DEVICE void arrive(u64* b) { asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(at(b)) : "memory"); }
+// A producer that does not wait may be two rounds ahead, where a parity says nothing: who waits for it then gives up.
 DEVICE void wait(u64* b, u32 parity) {
   u32 done;
-  do asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
+  int tries = 0;
+  do asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
                   : "=r"(done) : "r"(at(b)), "r"(parity) : "memory");
-  while (!done);
+  while (!done && (WAITS || ++tries < 1000));
 }
 __shared__ u64 full[2], empty[2];
 __shared__ int code[2];
