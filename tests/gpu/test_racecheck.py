@@ -121,6 +121,40 @@ def run_prompts(kind: str) -> None:
         assert support.relative_error(out.data, expected) < (0.05 if kind == "fp8" else 5e-3)
 
 
+def run_products(kind: str) -> None:
+    """In the checked process: products of many tokens, compared with the reference; blocks with many tiles."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import expert_support
+    import packed_support
+
+    from saddle.kernels import experts, grouped, quant, tiles
+
+    torch.manual_seed(9)
+    chip, (num_experts, top_k, width, inner) = target.detect(), expert_support.SHAPES["demo"]
+    h = packed_support.activation(torch.randn(300, 1024 if kind == "dense" else width, device="cuda"), chip)
+    if kind == "dense":
+        w = packed_support.fp8_weight(512, 1024)
+        linear = grouped.GroupedLinear(w, chip)
+        linear.kernels.num_blocks = 3
+        out = packed_support.poisoned(300, 512)
+        for _ in range(2):
+            linear(h, w, out)
+        wanted = quant.dequantise(h) @ tiles.dequantise(w).T
+    else:
+        w13 = packed_support.fp8_weight(num_experts, 2 * inner, width, interleaved=True)
+        w2 = packed_support.fp8_weight(num_experts, width, inner)
+        work = expert_support.routed(300, num_experts, top_k, width)
+        kernels = grouped.GroupedExperts(w13, w2, top_k, chip)
+        kernels.kernels.num_blocks = 3
+        act = quant.allocate(300 * top_k, inner, h.data.dtype, "cuda")
+        out = packed_support.poisoned(300 * top_k, width, dtype=torch.bfloat16)
+        for _ in range(2):
+            experts.experts(h, w13, w2, work, act, out, chip, 0, kernels)
+        values = tiles.dequantise(w13), tiles.dequantise(w2)
+        wanted = expert_support.wanted_rows(quant.dequantise(h), work, *values, chip)
+    assert packed_support.error(out, wanted) < expert_support.ERROR["demo"]
+
+
 def hazards(call: str, kernel: str, tool: str = "racecheck") -> tuple[int, str]:
     """Number of hazards (memcheck: errors) that the tool displays for a call of this module, and all that it prints."""
     code = f"from tests.gpu import test_racecheck; test_racecheck.{call}; print('RAN')"
@@ -148,6 +182,13 @@ def test_what_the_tool_sees_in_a_ring(every_thread: bool, waits: bool, found: bo
 def test_no_hazards(kv_format: int, rows: list[int]) -> None:
     count, text = hazards(f"run_kernel({kv_format}, {rows})", "persistent")
     print(text[-2000:])
+    assert count == 0, text[:6000]
+
+
+@pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
+@pytest.mark.parametrize("kind", ["grouped", "dense"])
+def test_products_of_many_tokens(kind: str, tool: str) -> None:
+    count, text = hazards(f"run_products({kind!r})", kind, tool)
     assert count == 0, text[:6000]
 
 

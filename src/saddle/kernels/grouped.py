@@ -85,7 +85,7 @@ class _Kernels:
     ) -> None:  # fmt: skip
         device = w.data.device
         self._device = device.index or 0
-        self._num_blocks = target.num_sms
+        self.num_blocks = target.num_sms
         self._queue = torch.zeros(2, dtype=torch.int32, device=device)
         self._maps: dict[int, Any] = {}
         tag = f"{target.arch}-{VERSION}"
@@ -105,7 +105,7 @@ class _Kernels:
         for field, tensor in others.items():
             setattr(params, field, tensor.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._kernels[name].launch_apart(self._num_blocks, BLOCK_THREADS, params, stream)
+        self._kernels[name].launch_apart(self.num_blocks, BLOCK_THREADS, params, stream)
 
     def spilled_bytes(self) -> dict[str, int]:
         """Local memory a thread of each kernel."""

@@ -4,7 +4,7 @@
 //
 // The engine swizzles 8 rows of 128 bytes (two rows of a tile each) where wgmma reads 16 rows of 64: rows 0 to 7 come
 // out in place, rows 8 to 15 of a tile with odd and even exchanged. The columns of a sum that they are lie in one
-// thread (product.cuh). Rows of 64 bytes would come in place, at half the engine's rate.
+// thread (grouped_product.cuh). Rows of 64 bytes would come in place, in twice as many requests.
 #pragma once
 #include "grouped_work.cuh"
 
@@ -25,13 +25,12 @@ template <class S> DEVICE void tell_tile(const Params& p, Shared* s, int index, 
   mbarrier_arrive(shared_address(&s->told[slot]));
 }
 
-// The block's index-th tile. Whole warps.
+// The block's index-th tile. Every thread, once for each.
 DEVICE Tile next_tile(Shared* s, int index) {
   const int slot = index % TILE_SLOTS;
   mbarrier_wait(shared_address(&s->told[slot]), (index / TILE_SLOTS) & 1);
   const Tile tile = s->tiles[slot];
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&s->read[slot]));
+  mbarrier_arrive(shared_address(&s->read[slot]));
   return tile;
 }
 

@@ -86,7 +86,7 @@ DEVICE void multiply(const Params& p, Consumer& c, Shared* s, u32 ring, const Ti
       }
     }
     wgmma_wait<0>(part[1]);
-    if (c.lane == 0) mbarrier_arrive(shared_address(&s->empty[stage]));
+    mbarrier_arrive(shared_address(&s->empty[stage]));
 #pragma unroll
     for (int i = 0; i < 4; i++) last[i] = factors[i];
   }

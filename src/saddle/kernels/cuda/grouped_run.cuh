@@ -1,4 +1,4 @@
-// A block's life: barriers, the items' numbers, and its three warpgroups.
+// A block's life: barriers, the numbers of its tiles, and its three warpgroups.
 #pragma once
 #include "grouped_epilogue.cuh"
 
@@ -25,11 +25,11 @@ template <class S> DEVICE void run(const Params& p) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(shared_address(&s->full[i]), PRODUCERS + 1);
-      mbarrier_init(shared_address(&s->empty[i]), CONSUMERS / 32);
+      mbarrier_init(shared_address(&s->empty[i]), CONSUMERS);  // as ring.cuh, every thread for itself
     }
     for (int i = 0; i < TILE_SLOTS; i++) {
       mbarrier_init(shared_address(&s->told[i]), 1);
-      mbarrier_init(shared_address(&s->read[i]), BLOCK_THREADS / 32);
+      mbarrier_init(shared_address(&s->read[i]), BLOCK_THREADS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
