@@ -54,28 +54,42 @@ DEVICE void split_queries(u32 from, u32 to, int group, int warp, int lane, float
 }
 
 // Values of turn after turn to float16, in the places where bf16 ones would lie; zeros behind the context, where memory
-// may hold NaN. Three warps.
+// may hold NaN. Three warps take 12 rows at a time, 16 numbers a lane, and fetch the next while they write.
 DEVICE void widen_values(Shared* s, u32 memory, int thread) {
+  constexpr int ROWS = WIDENERS / 8, ROUNDS = (KEYS + ROWS - 1) / ROWS;
+  static_assert(ROWS % 8 == 4 && KEYS % ROWS == 8, "rows alternate between two swizzles; the last round is not full");
+  const u32 first = thread / 8;
+  u32 places[2];
+  bool right[2];  // half of the row
+#pragma unroll
+  for (int odd = 0; odd < 2; odd++) {
+    const u32 row = (first + 4 * odd) % 8, chunk = (thread % 8) ^ row;
+    right[odd] = chunk / 4;
+    // Eight lanes hold a row: those of the right half of it begin with their right chunks, so that no two lanes write to
+    // the same banks.
+    places[odd] = first * LINE_BYTES + (right[odd] ? KEY_HALF : 0) + (((chunk % 4 * 2 + right[odd]) ^ row) << 4);
+  }
   for (int turns = 0;; turns++) {
     const int stage = turns % STAGES;
     mbarrier_wait(shared_address(&s->narrow_full[stage]), (turns / STAGES) & 1);
-    const int known = s->known[stage];
-    if (known < 0) return;
+    const int known = s->known[stage] - (int)first;
+    if (s->known[stage] < 0) return;
     if (turns >= STAGES) mbarrier_wait(shared_address(&s->value_empty[stage]), (turns / STAGES - 1) & 1);
-    const u32 from = memory + NARROW_AT + stage * LOADED_BYTES, to = memory + VALUES_AT + stage * KEY_BYTES;
-#pragma unroll 2
-    for (int i = thread; i < KEYS * 8; i += WIDENERS) {
-      const int row = i / 8, chunk = (i ^ row) % 8, half = chunk / 4;
-      uint4 v = load_shared(from + i * 16);
-      if (row >= known) v = make_uint4(0, 0, 0, 0);
-      const uint4 left = make_uint4(widen_e4m3(v.x), widen_e4m3(v.x >> 16), widen_e4m3(v.y), widen_e4m3(v.y >> 16));
-      const uint4 right = make_uint4(widen_e4m3(v.z), widen_e4m3(v.z >> 16), widen_e4m3(v.w), widen_e4m3(v.w >> 16));
-      // Eight lanes hold a row: those of the right half of it begin with their right chunks, so that no two lanes
-      // write to the same banks.
-      const u32 at = to + half * KEY_HALF + row * LINE_BYTES;
-      const int first = chunk % 4 * 2 + half;
-      store_shared(at + ((first ^ row % 8) << 4), half ? right : left);
-      store_shared(at + ((first ^ 1 ^ row % 8) << 4), half ? left : right);
+    const u32 from = memory + NARROW_AT + stage * LOADED_BYTES + thread * 16, to = memory + VALUES_AT + stage * KEY_BYTES;
+    uint4 next = load_shared(from);
+#pragma unroll
+    for (int n = 0; n < ROUNDS; n++) {
+      const bool full = n < ROUNDS - 1;
+      uint4 v = next;
+      if (n < ROUNDS - 2 || (n < ROUNDS - 1 && first < 8)) next = load_shared(from + (n + 1) * (WIDENERS * 16));
+      if (n * ROWS >= known) v = make_uint4(0, 0, 0, 0);
+      const uint4 low = make_uint4(widen_e4m3(v.x), widen_e4m3(v.x >> 16), widen_e4m3(v.y), widen_e4m3(v.y >> 16));
+      const uint4 high = make_uint4(widen_e4m3(v.z), widen_e4m3(v.z >> 16), widen_e4m3(v.w), widen_e4m3(v.w >> 16));
+      const u32 at = to + places[n % 2] + n * (ROWS * LINE_BYTES);
+      if (full || first < 8) {
+        store_shared(at, right[n % 2] ? high : low);
+        store_shared(at ^ 16, right[n % 2] ? low : high);
+      }
     }
     mbarrier_arrive(shared_address(&s->narrow_empty[stage]));
     fence_async();
