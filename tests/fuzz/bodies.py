@@ -97,7 +97,8 @@ items = mostly(texts) | st.lists(mostly(st.fixed_dictionaries(
      "content": mostly(texts | st.lists(st.fixed_dictionaries({"type": st.just("input_text"), "text": texts})))},
 ) | st.fixed_dictionaries(
     {"type": mostly(st.sampled_from(sorted(READ_ITEMS))), "call_id": mostly(st.sampled_from(["a", "b"])),
-     "name": mostly(st.just("ls")), "arguments": mostly(st.just('{"p": "x"}')), "output": mostly(texts), "role": st.just("assistant"),
+     "name": mostly(st.just("ls")), "arguments": mostly(st.just('{"p": "x"}')), "output": mostly(texts),
+     "role": st.just("assistant"),
      "content": mostly(st.lists(st.fixed_dictionaries({"type": st.just("reasoning_text"), "text": texts}), max_size=1)),
      "summary": st.just([])},
     optional={"encrypted_content": mostly(texts), "id": mostly(st.just("fc_0123456789abcdef_0"))},
