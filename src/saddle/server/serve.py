@@ -40,7 +40,7 @@ LAST_WORDS_S = 1.0  # for requests to write their error after the engine is gone
 STOP_ENGINE_S = 5.0
 # Objects between two collections, and collections between two of the next generation. Hardly anything here is a cycle,
 # and the log-probabilities of a long prompt are a million objects at once: walked again and again by the default.
-COLLECT_AFTER = (50_000, 20, 50)
+COLLECT_AFTER = (20_000, 10, 10)
 EXIT_DRAINED, EXIT_ENGINE_DIED = 0, 1
 
 
