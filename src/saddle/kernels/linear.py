@@ -5,7 +5,7 @@ FP8 weights meet FP8 activations on the matrix units, 128 columns at a time; eac
 weight's and the token's scale and summed in float32 (W8A8). Without FP8 units the weights become bf16 in registers
 (W8A16), as 4-bit weights do everywhere (W4A16). bf16 weights (lm_head) meet bf16 activations. Rows of an FP8 weight
 share their scale in groups of 128, so a program's rows have one scale a step. Sums run in the order of k: same bits on
-every run.
+every run. On sm_90 other kernels, with wgmma, take many tokens (`grouped`).
 """
 
 from __future__ import annotations
