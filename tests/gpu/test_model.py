@@ -29,7 +29,7 @@ from saddle.parallel.layout import ParallelLayout
 from tests.support import plain_model
 from tests.support.checkpoint import Shape, config_json
 from tests.support.demo_texts import Truth, conversations
-from tests.support.model_steps import Steps, divergence
+from tests.support.model_steps import Steps, divergence, follow_alone
 
 CUDA, ONE = torch.device("cuda"), ParallelLayout()
 NUM_TEXTS, LONGEST = 12, 1000
@@ -191,10 +191,12 @@ def test_same_bits_twice(demo: Any) -> None:
 # two layers of M2
 
 M2 = Shape(200064, 3072, 2, 48, 8, 128, 256, 8, 1536, 204800)
-TOKENS = 96
-# Between two sides measured on an H100: FP8 0.0172, and 0.0434 with one wrong rotary pair, whose geometric mean is the
-# bound; bf16 0.0037, and the same pair must show there too.
-M2_KL = {"fp8": 0.027, "bf16": 0.01}
+TOKENS = 768
+# KL and top-1 agreement. Two sides measured on an H100 over 96 tokens: FP8 KL 0.0172, and 0.0434 with one wrong rotary
+# pair, whose geometric mean is the bound; bf16 0.0037 and 0.0415. Random logits of 200,064 ids have many near ties: of
+# 96 most likely ids 86 to 88 stayed. More tokens make that share certain to 0.01; noise as of the wrong pair lowers it
+# to about 0.84.
+M2_BOUNDS = {"fp8": (0.027, 0.87), "bf16": (0.01, 0.92)}
 
 
 @pytest.fixture(scope="module")
@@ -245,20 +247,15 @@ def transformers_logits(layers: Any) -> tuple[list[int], torch.Tensor]:
 def test_two_layers_against_transformers(layers: Any, transformers_logits: Any) -> None:
     ids, expected = transformers_logits
     model = fused(*layers)
-    steps = Steps(model)
-    parts = [steps.step({0: ids[:70]})[0]]
-    parts += [steps.step({0: [token]}, padding=2)[0] for token in ids[70:]]
-    found = torch.cat(parts)
+    found = follow_alone(Steps(model), ids, 500)
     assert bool(found.isfinite().all())
     error = float((found - expected).norm() / expected.norm())
     kl, agreement = divergence(found, expected)
-    print(f"\ntwo layers, FP8: relative error {error:.4f}, KL {kl:.5f}, top-1 agreement {agreement:.4f}")
-    assert kl < M2_KL["fp8"] and agreement > 0.9
-    # The threshold notices a small fault.
     rotate_wrongly(model)
-    wrong, _ = divergence(Steps(model).step({0: ids})[0], expected)
-    print(f"with one rotary pair wrong: KL {wrong:.5f}")
-    assert wrong > M2_KL["fp8"]
+    wrong, share = divergence(follow_alone(Steps(model), ids, 500), expected)
+    print(f"\ntwo layers, FP8: relative error {error:.4f}, KL {kl:.5f}, top-1 agreement {agreement:.4f}; "
+          f"with one rotary pair wrong {wrong:.5f}, {share:.4f}")  # fmt: skip
+    assert kl < M2_BOUNDS["fp8"][0] < wrong and agreement > M2_BOUNDS["fp8"][1]
 
 
 def test_two_layers_in_bf16_against_transformers(layers: Any, transformers_logits: Any) -> None:
@@ -268,8 +265,7 @@ def test_two_layers_in_bf16_against_transformers(layers: Any, transformers_logit
     kl, agreement = divergence(plain_model.logits(model, ids), expected)
     for table in (model._cos, model._sin):
         table[:, 3] = table[:, 4].clone()
-    wrong, _ = divergence(plain_model.logits(model, ids), expected)
-    print(f"\ntwo layers, bf16: KL {kl:.5f}, top-1 agreement {agreement:.4f}; one rotary pair wrong: KL {wrong:.5f}")
-    assert kl < M2_KL["bf16"] < wrong and agreement > 0.9
-
-
+    wrong, share = divergence(plain_model.logits(model, ids), expected)
+    print(f"\ntwo layers, bf16: KL {kl:.5f}, top-1 agreement {agreement:.4f}; "
+          f"with one rotary pair wrong {wrong:.5f}, {share:.4f}")  # fmt: skip
+    assert kl < M2_BOUNDS["bf16"][0] < wrong and agreement > M2_BOUNDS["bf16"][1]

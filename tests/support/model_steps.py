@@ -81,6 +81,14 @@ class Steps:
                 for row, begin, length in zip(rows, starts, lens, strict=False)}  # fmt: skip
 
 
+def follow_alone(steps: Steps, ids: Sequence[int], part: int, num_decoded: int = 26) -> torch.Tensor:
+    """Logits [T, V] of one text: prompts in parts, then single tokens beside padding."""
+    last = len(ids) - num_decoded
+    found = [steps.step({0: ids[start : min(start + part, last)]})[0] for start in range(0, last, part)]
+    found += [steps.step({0: [token]}, padding=2)[0] for token in ids[last:]]
+    return torch.cat(found)
+
+
 def divergence(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """Mean Kullback-Leibler divergence of next-token distributions from the expected ones, and the share of equal
     most likely tokens; both [N, V] logits."""
