@@ -49,7 +49,7 @@ def openai_router(service: Service) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         facts = service.facts()
         body, request_id = await read(request, ChatBody), request.state.request_id
-        if body.tools or body.response_format or body.structured_outputs:  # schemas take a while to check
+        if body.tools or body.response_format or body.structured_outputs or body.bad_words:  # these take a while
             asked = await service.apart(openai.to_request, body, facts, request_id)
         else:
             asked = openai.to_request(body, facts, request_id)
@@ -68,7 +68,7 @@ def openai_router(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         facts = service.facts()
         body, request_id = await read(request, CompletionBody), request.state.request_id
-        if body.response_format or body.structured_outputs:
+        if body.response_format or body.structured_outputs or body.bad_words:
             asked = await service.apart(openai_text.to_request, body, facts, request_id)
         else:
             asked = openai_text.to_request(body, facts, request_id)
