@@ -95,3 +95,12 @@ def divergence(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, floa
     wanted = expected.double().log_softmax(-1)
     kl = (wanted.exp() * (wanted - found.double().log_softmax(-1))).sum(-1).mean()
     return float(kl), float((found.argmax(-1) == expected.argmax(-1)).double().mean())
+
+
+def sure_misses(found: torch.Tensor, expected: torch.Tensor, margin: float) -> tuple[int, int]:
+    """At how many positions the most likely token is another one although it leads by more than `margin` in the
+    expected logits, and how many positions are as sure; both [N, V] logits."""
+    best = expected.topk(2)
+    is_sure = best.values[:, 0] - best.values[:, 1] > margin
+    misses = is_sure & (found.argmax(-1) != best.indices[:, 0])
+    return int(misses.sum()), int(is_sure.sum())
