@@ -85,7 +85,7 @@ TOKENS = 512
 # scales shifted by a group: 0.021 to 0.034, and 0.029 beside FP8 attention. Each bound is the geometric mean of the
 # nearest two.
 MOST_KL = {kind: 0.014 if kind == "mixed-precision" else 0.0057 for kind in KINDS}
-# As in test_model.py: KL 0.0016 and 0.0067 are noise of 0.056 and 0.116, and what leads by eight times that stays first.
+# As in test_model.py: KL 0.0016 and 0.0067 are noise of 0.056 and 0.116; what leads by eight times that stays first.
 MARGIN = {kind: 0.93 if kind == "mixed-precision" else 0.45 for kind in KINDS}
 
 

@@ -195,8 +195,9 @@ TOKENS = 1000
 # Two sides of the KL measured on an H100 over 96 tokens: FP8 0.0172, and 0.0434 with one wrong rotary pair, whose
 # geometric mean is the bound; bf16 0.0037 and 0.0415.
 M2_KL = {"fp8": 0.027, "bf16": 0.01}
-# Random logits of 200,064 ids have many near ties. Noise of standard deviation s in every logit has KL s^2 / 2, so it is
-# 0.19 (FP8) and 0.086 (bf16); what leads by eight times that must stay first: 5.6 standard deviations of a difference.
+# Random logits of 200,064 ids have many near ties. Noise of standard deviation s in every logit has KL s^2 / 2, so it
+# is 0.19 (FP8) and 0.086 (bf16); what leads by eight times that must stay first: 5.6 standard deviations of a
+# difference.
 M2_MARGIN = {"fp8": 1.5, "bf16": 0.7}
 
 
@@ -267,8 +268,8 @@ def test_two_layers_against_transformers(layers: Any, transformers_logits: Any) 
     wrong, share = divergence(run(), expected)
     turn_all_wrongly(model.cos, model.sin)
     wrong_misses, _ = sure_misses(run(), expected, margin)
-    print(f"\ntwo layers, FP8: relative error {error:.4f}, KL {kl:.5f}, top-1 agreement {agreement:.4f}, {misses} misses "
-          f"of {sure} sure; one rotary pair wrong: {wrong:.5f}, {share:.4f}; all: {wrong_misses} misses")  # fmt: skip
+    print(f"\ntwo layers, FP8: relative error {error:.4f}, KL {kl:.5f}, top-1 {agreement:.4f}, {misses} misses of "
+          f"{sure} sure; one rotary pair wrong: {wrong:.5f}, {share:.4f}; all: {wrong_misses} misses")  # fmt: skip
     assert kl < M2_KL["fp8"] < wrong
     assert misses == 0 < wrong_misses and sure >= 30
 
