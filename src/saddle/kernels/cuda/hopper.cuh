@@ -1,32 +1,16 @@
 // Single instructions of sm_90 under their names, for kernels whose warpgroups multiply with wgmma while another one
 // loads. Contract: no state, no decisions. `u32` addresses are in shared memory.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
+#include "common.cuh"
 
 struct alignas(64) TensorMap {
   u64 words[16];
 };
 
-DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
 // ---- barriers
-DEVICE void mbarrier_init(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(at), "r"(count)); }
-DEVICE void mbarrier_arrive(u32 at) { asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(at) : "memory"); }
-DEVICE void mbarrier_expect(u32 at, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(at), "r"(bytes) : "memory");
-}
 DEVICE void mbarrier_wait(u32 at, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
-                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
-  } while (!done);
+  while (!mbarrier_try(at, parity)) {
+  }
 }
 DEVICE void barrier_sync(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -34,26 +18,6 @@ DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0,%1
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- numbers
-DEVICE float exp2_fast(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
-  return r;
-}
-DEVICE u32 pack_bf16(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE u32 pack_f16(float low, float high) {
-  u32 r;
-  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE u32 pack_e4m3(float low, float high) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
 // Two E4M3 numbers (the low 16 bits) in float16.
 DEVICE u32 widen_e4m3(u32 pair) {
   u32 r;

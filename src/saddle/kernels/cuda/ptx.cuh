@@ -1,10 +1,6 @@
-// Single instructions under their names. Contract: no state, no decisions. `u32` addresses are in shared memory.
+// More single instructions, of the persistent kernel. Contract: no state, no decisions. `u32` addresses are in shared memory.
 #pragma once
 #include "shapes.cuh"
-
-#define DEVICE __device__ __forceinline__
-
-DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
 // ---- shared memory
 DEVICE uint4 lds128(u32 at) {
@@ -41,18 +37,7 @@ DEVICE void ldmatrix_transposed(u32 at, u32* r) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
-// ---- mbarriers and bulk copies
-DEVICE void mbarrier_init(u32 at, u32 count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(at), "r"(count)); }
-DEVICE void mbarrier_arrive(u32 at) { asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(at) : "memory"); }
-DEVICE void mbarrier_expect(u32 at, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(at), "r"(bytes) : "memory");
-}
-DEVICE bool mbarrier_try(u32 at, u32 parity) {
-  u32 done;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
-               : "=r"(done) : "r"(at), "r"(parity) : "memory");
-  return done;
-}
+// ---- bulk copies
 DEVICE u64 evict_first_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
@@ -110,21 +95,6 @@ DEVICE u64 global_nanoseconds() {
 }
 
 // ---- numbers
-DEVICE u32 pack_f16(float low, float high) {
-  u32 r;
-  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE u32 pack_bf16(float low, float high) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-DEVICE u32 pack_e4m3(float low, float high) {
-  u16 r;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0,%1,%2;" : "=h"(r) : "f"(high), "f"(low));
-  return r;
-}
 // Four e4m3 numbers to two pairs of f16; exact.
 DEVICE void e4m3_to_f16(u32 four, u32& low, u32& high) {
   asm("{.reg .b16 a,b; mov.b32 {a,b},%2; cvt.rn.f16x2.e4m3x2 %0,a; cvt.rn.f16x2.e4m3x2 %1,b;}"
@@ -137,11 +107,6 @@ DEVICE u32 f16_to_bf16(u32 pair) {
   return pack_bf16(low, high);
 }
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
-DEVICE float exp2_fast(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
-  return r;
-}
 DEVICE float log2_fast(float x) {
   float r;
   asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));

@@ -3,12 +3,7 @@
 //
 // Contract: the host defines SADDLE_* (kernels/persistent.py says what each has to divide); nothing else reads them.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "common.cuh"
 
 constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4, 8 or 12: columns of one or two mma.m16n8k16
 constexpr int HIDDEN = SADDLE_HIDDEN;
