@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-# A product and the sum behind it in one rounding, as all kernels were tested and measured. Off from Triton 3.10 on, else.
+# A product and the sum behind it in one rounding, as all kernels were measured. Without a word, off from Triton 3.10 on.
 if hasattr(triton.knobs.language, "default_fp_fusion"):
     triton.knobs.language.default_fp_fusion = True
 
