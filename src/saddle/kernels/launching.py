@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import triton
 
-# A product and the sum behind it in one rounding, as all kernels were measured. Without a word, off from Triton 3.10 on.
+# A product and the sum behind it in one rounding, as all kernels were measured. From Triton 3.10 on it is off where
+# nobody asks for it.
 if hasattr(triton.knobs.language, "default_fp_fusion"):
     triton.knobs.language.default_fp_fusion = True
 
