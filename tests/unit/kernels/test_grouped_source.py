@@ -39,13 +39,6 @@ def test_constants_are_the_same_on_both_sides() -> None:
     assert (grouped.ROWS + int(values["PAIRS"])) * int(values["TURN_K"]) == grouped.STAGE_BYTES
 
 
-def test_sizes() -> None:
-    for name, text in SOURCES.items():
-        lines = text.splitlines()
-        assert len(lines) <= 500 and max(map(len, lines)) <= 140, name
-        assert text.startswith("//"), f"{name} does not say why it exists"
-
-
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
     for shape in ((3072, 1536, 256), (256, 128, 16)):
         assert [grouped.unsupported(w, H100) for w in weights(*shape)] == [None, None]

@@ -42,13 +42,6 @@ def test_constants_are_the_same_on_both_sides() -> None:
     assert int(values["CONSUMERS"]) + 128 == prompt_attention.BLOCK_THREADS
 
 
-def test_sizes() -> None:
-    for name, text in SOURCES.items():
-        lines = text.splitlines()
-        assert len(lines) <= 500 and max(map(len, lines)) <= 140, name
-        assert text.startswith("//"), f"{name} does not say why it exists"
-
-
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
     assert prompt_attention.unsupported(memory(), 48, H100) is None
     assert prompt_attention.unsupported(memory(2), 12, H100) is None
