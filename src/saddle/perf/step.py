@@ -228,8 +228,9 @@ class Gauge:
         if driver.is_fused:
             from saddle.perf import device as measuring
 
-            self._bytes_per_s = measuring.read_bytes_per_s(list(driver.path.model.weights.tensors()))
-            self._flops_per_s = measuring.fp8_flops_per_s()
+            with driver.path.compile_watch.paused():
+                self._bytes_per_s = measuring.read_bytes_per_s(list(driver.path.model.weights.tensors()))
+                self._flops_per_s = measuring.fp8_flops_per_s()
         if driver.on_gpu:
             self._common["card"] = torch.cuda.get_device_name()
         self._common["routing"] = "uniform" if driver.is_fused and driver.path.uniform_routing else "model"
@@ -275,10 +276,11 @@ class Gauge:
 
         model, kv = driver.path.model, driver.path.kv
         counts = []
-        for seed in range(PROBES):
-            inputs = kernels.decode_inputs(batch, context, kv.num_blocks, driver.shape.vocab_size, seed)
-            counts += kernels.distinct_by_layer(model, inputs, kv)
-        launches = kernels.count_launches(model, inputs, kv)
+        with driver.path.compile_watch.paused():
+            for seed in range(PROBES):
+                inputs = kernels.decode_inputs(batch, context, kv.num_blocks, driver.shape.vocab_size, seed)
+                counts += kernels.distinct_by_layer(model, inputs, kv)
+            launches = kernels.count_launches(model, inputs, kv)
         path = model.path_of(batch)
         return {
             "distinct_experts": round(fmean(counts), 2), "path": path, "graph_launches": driver.path.num_launches,

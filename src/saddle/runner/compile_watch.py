@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from triton import knobs
@@ -27,6 +29,16 @@ class CompileWatch:
 
     def stop(self) -> None:
         knobs.runtime.jit_post_compile_hook = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is compiled within serves no step, such as a bench's own probes."""
+        hook = knobs.runtime.jit_post_compile_hook
+        self.stop()
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_post_compile_hook = hook
 
     def _compiled(self, **details: Any) -> None:
         name = str(getattr(details.get("fn"), "name", "a kernel"))
