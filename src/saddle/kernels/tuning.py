@@ -9,7 +9,9 @@ takes time is compiling, so all candidates are compiled side by side first, wher
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import inspect
 import json
@@ -122,10 +124,27 @@ def compile_all(work: list[Case], target: Target) -> None:
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None or "ignore_errors" not in inspect.signature(mode).parameters:
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool, compiling_only(), mode(pool, ignore_errors=True):
+    with (
+        _without_collecting(), ThreadPoolExecutor(os.cpu_count()) as pool, compiling_only(),
+        mode(pool, ignore_errors=True),
+    ):  # fmt: skip
         for case in work:
             for block in case.fitting(target):
                 case.run(block)
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """No collection of garbage: Python 3.11 before 3.11.8 counts the depth of a source that it parses for all threads
+    together, and fails where one parses while another does (gh-106905). Only a collection lets it change threads there.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def tune(work: list[Case], target: Target, clock: Clock) -> dict[str, list[int]]:
