@@ -208,6 +208,7 @@ async def _drain(
 
 async def _report(service: Service, client: EngineClient, where: str) -> None:
     """Say when the engine is ready; then one line every ten seconds in which there was something to do."""
+    _settle_collector()  # while the engine loads: the first request after it is ready would wait for it
     with contextlib.suppress(EngineDead, StartupError):  # `serve` waits for that too, and answers it
         await show_loading(client.state)
         ready = await client.wait_ready()
@@ -215,9 +216,6 @@ async def _report(service: Service, client: EngineClient, where: str) -> None:
             logger.info("%s", line)
         logger.info("Saddle %s serves %s at %s, context %d tokens, %d KV blocks of %d tokens.", VERSION,
                     service.model_names[0], where, ready.max_model_len, ready.num_blocks, ready.block_size)  # fmt: skip
-        gc.collect()
-        gc.freeze()  # tokenizer, templates and schemas live for ever: no need to walk them again
-        gc.set_threshold(*COLLECT_AFTER)
         then = client.stats
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
@@ -225,6 +223,13 @@ async def _report(service: Service, client: EngineClient, where: str) -> None:
             if now.num_steps != then.num_steps:
                 logger.info("%s", report_line(then, now, REPORT_EVERY_S))
             then = now
+
+
+def _settle_collector() -> None:
+    """Collect what the start left behind, and seldom from here on."""
+    gc.collect()
+    gc.freeze()  # tokenizer, templates and schemas live for ever: no need to walk them again
+    gc.set_threshold(*COLLECT_AFTER)
 
 
 def report_line(then: EngineStats, now: EngineStats, seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -25,7 +26,8 @@ from saddle.parsing.replay import ReplayStore
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.protocol import EngineStats, FinishReason, TokenDelta
 from saddle.server.app import build_app
-from saddle.server.serve import address, listen, report_line, serve
+from saddle.server.progress import LOOK_EVERY_S
+from saddle.server.serve import COLLECT_AFTER, address, listen, report_line, serve
 from saddle.server.service import Service
 from tests.unit.server.harness import NAME, FakeClient, running, until, words
 
@@ -141,6 +143,33 @@ async def test_engine_that_cannot_start(tokenizer: Tokenizer) -> None:
     server.client.die("--max-model-len 9 does not fit; the largest is 4.")
     with pytest.raises(StartupError, match="largest is 4"):
         await asyncio.wait_for(server.task, 3)
+
+
+async def test_nothing_is_collected_when_the_engine_is_ready(tokenizer: Tokenizer) -> None:
+    """A collection of all that the start made takes 15 to 25 ms: it belongs to the time of loading."""
+    full: list[float] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            full.append(time.monotonic())
+
+    before = gc.get_threshold()
+    gc.callbacks.append(watch)
+    try:
+        server = Running(tokenizer, words(tokenizer, "x"))
+        ready, server.client.state.ready = server.client.state.ready, None
+        await server.until_open()
+        await until(lambda: bool(full))
+        assert gc.get_freeze_count() and gc.get_threshold() == COLLECT_AFTER
+        ready_s, server.client.state.ready = time.monotonic(), ready
+        await asyncio.sleep(3 * LOOK_EVERY_S)
+        assert max(full) < ready_s
+    finally:
+        gc.callbacks.remove(watch)
+        gc.set_threshold(*before)
+        gc.unfreeze()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(server.task, 3) == 0
 
 
 async def test_idle_server_stops_at_once(tokenizer: Tokenizer) -> None:
