@@ -70,22 +70,21 @@ def test_splits_are_chosen_where_tiles_do_not_fill_the_chip() -> None:
     work = paged_prefill.PrefillWork.allocate(of_arch("sm_90"), torch.device("meta"))
     assert work.num_slots == 264
 
-    def chosen(num_tokens: int, context: int, slots: int = 264, keys: int = 64) -> int:
+    def chosen(num_tokens: int, context: int, slots: int = 264, keys: int = 64, room: int = len(work.partial)) -> int:
         costs = paged_prefill.TRITON_COSTS if keys == 64 else paged_prefill.WGMMA_COSTS
         programs = 8 * (num_tokens // 21 + 1)
-        return paged_prefill.choose_splits(programs, context // keys, slots, len(work.partial), costs)
+        return paged_prefill.choose_splits(programs, context // keys, slots, room, costs)
 
-    assert chosen(8192, 8192) == 1
-    assert chosen(2048, 2048) == 1
-    assert chosen(200, 65536) >= 3
-    assert chosen(1, 200000) == 16
-    assert chosen(200, 200) == 1
+    assert [chosen(new, context) for new, context in ((8192, 8192), (2048, 2048), (200, 200))] == [1, 1, 1]
+    # 8 programs fill a chip of 264 with the most parts that there are; 80 take three, so that 240 run at once.
+    assert [chosen(new, context) for new, context in ((1, 200000), (200, 65536), (200, 4096))] == [16, 3, 3]
     # The wgmma kernel, one block a multiprocessor: as measured best on an H100.
     assert [chosen(new, context, 132, 128) for new, context in ((8192, 8192), (8192, 65536), (2048, 2048))] == [1] * 3
     assert [chosen(new, context, 132, 128) for new, context in ((200, 32768), (64, 8192), (64, 65536))] == [3, 4, 4]
-    for num_tokens in (1, 33, 200, 500, 1000, 2048):
-        splits = chosen(num_tokens, 100000)
-        assert splits == 1 or 8 * (num_tokens // 21 + 1) * splits <= len(work.partial)
+    # With room for all partial results there would be more parts than there is room for.
+    sizes = (33, 200, 500, 700, 1000, 1500)
+    assert [chosen(new, 100000, room=1 << 30) for new in sizes] == [16, 13, 4, 12, 2, 5]
+    assert [chosen(new, 100000) for new in sizes] == [16, 3, 1, 1, 1, 1]
 
 
 @outside
