@@ -153,16 +153,18 @@ class GroupedLinear:
         if why is not None:
             raise ValueError(f"The wgmma kernels do not run here: {why}.")
         shape = {"columns": w.num_cols, "rows": w.num_rows}
-        self.kernels = _Kernels("dense.cu", ("dense_bf16", "dense_f32"), shape, w, target, cache_dir)
+        self.kernels = _Kernels("dense.cu", ("dense_bf16", "dense_f32", "dense_added"), shape, w, target, cache_dir)
 
     @staticmethod
     def pays(num_tokens: int) -> bool:
         """Whether so many tokens are faster here than through Triton."""
         return num_tokens >= MIN_DENSE_TOKENS
 
-    def __call__(self, a: Activation, w: PackedMatrix, out: torch.Tensor) -> None:
-        """out [.., T, N] bf16 or float32, contiguous = a W^T."""
-        name = "dense_bf16" if out.dtype == torch.bfloat16 else "dense_f32"
+    def __call__(self, a: Activation, w: PackedMatrix, out: torch.Tensor, add: bool = False) -> None:
+        """out [.., T, N] bf16 or float32, contiguous = a W^T; add: float32, out += a W^T."""
+        if add and out.dtype != torch.float32:
+            raise ValueError(f"Sums are added to float32 alone, got {out.dtype}.")
+        name = "dense_added" if add else "dense_bf16" if out.dtype == torch.bfloat16 else "dense_f32"
         self.kernels.launch(name, a, w, out, len(a.data))
 
 

@@ -69,10 +69,10 @@ def _few_kernel(
 def _many_kernel(
     a, a_scales, w, w_scales, w_groups, out, num_tokens, N: tl.constexpr, K: tl.constexpr, SLOT_K: tl.constexpr,
     SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
-    A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr, ADD: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] for BM tokens and BN rows of the weight, the tokens being the product's rows."""
+    """out[m, n] for BM tokens and BN rows of the weight, the tokens being the product's rows; ADD: on top of out."""
     pid = tl.program_id(0)
     # Programs that run together cover few blocks of tokens: what they read fits the second-level cache.
     blocks = tl.cdiv(num_tokens, BM)
@@ -93,6 +93,9 @@ def _many_kernel(
     release(PDL)
     at = out + token[:, None] * N + (n_block * BN + n)[None, :]
     inside = (row < num_tokens)[:, None] & (n >= 0)[None, :]
+    if ADD:
+        left += tl.load(at, mask=inside, other=0.0)
+        right += tl.load(at + BN // 2, mask=inside, other=0.0)
     tl.store(at, left.to(out.dtype.element_ty), mask=inside)
     tl.store(at + BN // 2, right.to(out.dtype.element_ty), mask=inside)
 
@@ -140,33 +143,38 @@ def split_k(num_tokens: int, w: PackedMatrix, target: Target) -> int:
 
 def linear(
     a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0,
-    grouped: GroupedLinear | None = None,
+    grouped: GroupedLinear | None = None, add: bool = False,
 ) -> None:  # fmt: skip
-    """out = a W^T.
+    """out = a W^T, or out += a W^T.
 
     Args:
         a: [T, K]; FP8 where the target has FP8 units and W is FP8, else bf16.
         w: [N, K], not interleaved.
         out: [T, N] bf16 or float32, or the parts [S, T, N] of `split_k`, all contiguous.
+        add: on top of what out [T, N] float32 holds; for more than `MAX_FEW_TOKENS` tokens.
         grouped: the wgmma kernels of weights of this shape, where they run; they take what is faster there.
 
     Raises:
-        ValueError: the activation's form does not fit the weight and the target.
+        ValueError: the activation's form does not fit the weight and the target, or a sum cannot be added to out.
     """
     num_tokens = a.data.shape[0]
     if num_tokens == 0:
         return
+    if add and (num_tokens <= MAX_FEW_TOKENS or out.dtype != torch.float32 or out.dim() != 2):
+        raise ValueError(f"Sums of more than {MAX_FEW_TOKENS} tokens are added to [T, N] float32, got "
+                         f"{list(out.shape)} {out.dtype}.")  # fmt: skip
     check_activation(a, w, target)
     if num_tokens > MAX_FEW_TOKENS and out.dim() == 3 and out.shape[0] != 1:
         raise ValueError(f"{num_tokens} tokens are not split along k, got out {list(out.shape)}.")
     if grouped is not None and grouped.pays(num_tokens):
-        grouped(a, w, out)
+        grouped(a, w, out, add)
         return
     few = num_tokens <= MAX_FEW_TOKENS
-    launch(a, w, out, few_block(num_tokens, w, target) if few else many_block(num_tokens, w, target), pdl)
+    launch(a, w, out, few_block(num_tokens, w, target) if few else many_block(num_tokens, w, target), pdl,
+           add)  # fmt: skip
 
 
-def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl: int) -> None:
+def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl: int, add: bool = False) -> None:
     """`linear` with given tiles."""
     num_tokens, a8 = a.data.shape[0], a.scale is not None
     tensors = (a.data, a.scale if a8 else a.data, *weight_tensors(w, a8), out)
@@ -177,7 +185,7 @@ def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl:
         enqueue(_few_kernel, (w.num_rows // block.bn, parts, 1), *tensors, num_tokens, SPLIT=parts, **constants)
     else:
         programs = cdiv(num_tokens, block.bm) * (w.num_rows // block.bn)
-        enqueue(_many_kernel, (programs, 1, 1), *tensors, num_tokens, BAND=BAND_BLOCKS, **constants)
+        enqueue(_many_kernel, (programs, 1, 1), *tensors, num_tokens, BAND=BAND_BLOCKS, ADD=add, **constants)
 
 
 def lm_head(h: torch.Tensor, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0) -> None:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from saddle.kernels import fused_norm
+from saddle.kernels.gate import LayerGate, many_logits, max_rows, num_splits
 from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
@@ -37,7 +38,6 @@ MAX_FEW_TOKENS = 256
 MAX_FUSED_TOKENS = 128
 MANY_BLOCK = 128
 MANY_PROGRAMS = 132
-GATE_BLOCK = 1024
 FEW_UNIT_TOKENS = 16
 MANY_UNIT_TOKENS = 128
 
@@ -75,76 +75,6 @@ def _few_logits_kernel(
         tl.store(squares + at, tl.sum(values * values, 1), mask=row < num_tokens)
     total = tl.dot(values * gain[None, :], rows, input_precision=PRECISION)
     tl.store(logits + at[:, None] * EXPERTS + expert[None, :], total, mask=(row < num_tokens)[:, None] & real[None, :])
-
-
-@triton.jit
-def _bf16_parts(values):
-    """Three bfloat16 numbers whose sum is the float32 number."""
-    high = values.to(tl.bfloat16)
-    rest = values - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def _gate_parts_kernel(
-    weight, gate, parts, counts, SIZE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """parts [3, WIDTH, EXPERTS] = weight * gate in three bfloat16 numbers; counters to zero."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < SIZE
-    gained = tl.load(gate + place, mask=inside, other=0.0) * tl.load(weight + place // EXPERTS, mask=inside, other=0.0)
-    high, middle, low = _bf16_parts(gained)
-    begin(PDL)
-    if tl.program_id(0) == 0:
-        counter = tl.arange(0, COUNTERS)
-        tl.store(counts + counter, tl.zeros([COUNTERS], tl.int32))
-    release(PDL)
-    tl.store(parts + place, high, mask=inside)
-    tl.store(parts + SIZE + place, middle, mask=inside)
-    tl.store(parts + 2 * SIZE + place, low, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _many_logits_kernel(
-    x, parts, logits, squares, num_tokens, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, BE: tl.constexpr,
-    SLICE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """`_few_logits_kernel` for a finished x and a gate in parts.
-
-    A float32 product is the six largest of the nine products of parts: as exact as float32 sums are, and on the
-    matrix units twice as fast as three tf32 products, whose parts would be made anew in every program.
-    """
-    part = tl.program_id(0)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    column = tl.arange(0, BK)
-    expert = tl.arange(0, BE)
-    real = (expert < EXPERTS)[None, :] & (column >= 0)[:, None]
-    token = tl.minimum(row, num_tokens - 1).to(tl.int64)
-    begin(PDL)
-    x_at = x + token[:, None] * WIDTH + column[None, :]
-    high_at = parts + column[:, None] * EXPERTS + expert[None, :]
-    total = tl.zeros([BM, BE], tl.float32)
-    square = tl.zeros([BM], tl.float32)
-    for step in tl.range(part * SLICE, part * SLICE + SLICE, BK, num_stages=STAGES):
-        values = tl.load(x_at + step)
-        gate_high = tl.load(high_at + step * EXPERTS, mask=real, other=0.0)
-        gate_middle = tl.load(high_at + WIDTH * EXPERTS + step * EXPERTS, mask=real, other=0.0)
-        gate_low = tl.load(high_at + 2 * WIDTH * EXPERTS + step * EXPERTS, mask=real, other=0.0)
-        square += tl.sum(values * values, 1)
-        high, middle, low = _bf16_parts(values)
-        total = tl.dot(low, gate_high, total)
-        total = tl.dot(middle, gate_middle, total)
-        total = tl.dot(high, gate_low, total)
-        total = tl.dot(middle, gate_high, total)
-        total = tl.dot(high, gate_middle, total)
-        total = tl.dot(high, gate_high, total)
-    release(PDL)
-    at = part * num_tokens + row
-    tl.store(squares + at, square, mask=row < num_tokens)
-    inside = (row < num_tokens)[:, None] & (expert < EXPERTS)[None, :]
-    tl.store(logits + at[:, None] * EXPERTS + expert[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -196,7 +126,7 @@ def _choose(
     CHOICES: tl.constexpr, SLICES: tl.constexpr, SLICES_PADDED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
     UNIFORM: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ids, weights and lists of one token."""
+    """Ids, weights and lists of one token. Returns its 1 / rms."""
     expert = tl.arange(0, EXPERTS_PADDED)
     choice = tl.arange(0, CHOICES)
     real = expert < EXPERTS
@@ -230,6 +160,7 @@ def _choose(
     share = tl.where(picked, tl.gather(scores, chosen, 0), 0.0)
     tl.store(weights + pair, share / tl.sum(share, 0), mask=picked)
     tl.store(ids + pair, tl.where(position >= 0, chosen, -1), mask=picked)
+    return inverse
 
 
 @triton.jit
@@ -263,15 +194,19 @@ def _select_kernel(
     h_scales, num_tokens, capacity, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SLICES: tl.constexpr,
     SLICES_PADDED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, COPY: tl.constexpr,
-    LISTS: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+    LISTS: tl.constexpr, A8: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: program (token, 0) chooses, program (token, 1), if there is one, norms: neither waits for the other.
-    LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists."""
+    LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists. SCALE: h is there, but for its 1 / rms."""
     token = tl.program_id(0)
     if tl.program_id(1) == 0:
-        _choose(logits, squares, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, token,
-                num_tokens, capacity, WIDTH, EXPERTS, EXPERTS_PADDED, TOP_K, CHOICES, SLICES, SLICES_PADDED, ROWS,
-                UNIT, UNIFORM, LISTS, PDL)  # fmt: skip
+        inverse = _choose(logits, squares, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units,
+                          token, num_tokens, capacity, WIDTH, EXPERTS, EXPERTS_PADDED, TOP_K, CHOICES, SLICES,
+                          SLICES_PADDED, ROWS, UNIT, UNIFORM, LISTS, PDL)  # fmt: skip
+        if SCALE:
+            group = tl.arange(0, GROUPS)
+            at = h_scales + token * (WIDTH // 128) + group
+            tl.store(at, tl.load(at, mask=group < WIDTH // 128) * inverse, mask=group < WIDTH // 128)
     else:
         _norm(x, x_out, squares, weight, eps, h, h_scales, token, num_tokens, WIDTH, GROUPS, SLICES, SLICES_PADDED,
               COPY, A8, PDL)  # fmt: skip
@@ -348,6 +283,8 @@ class RouterWork:
         """Shape and dtype of each tensor."""
         sizes = [min(max_tokens, 1 << power) for power in range(max_tokens.bit_length() + 1)]
         rows = max(slicing(size, width, num_experts).num * size for size in sizes)
+        if max_tokens > MAX_FUSED_TOKENS:
+            rows = max(rows, max_rows(max_tokens, width))
         num_parts = 3 if max_tokens > MAX_FUSED_TOKENS else 0
         return {
             "ids": ((max_tokens * top_k,), torch.int32),
@@ -399,7 +336,7 @@ def unit_tokens(num_tokens: int) -> int:
 def route(
     x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, gate: torch.Tensor,
     bias: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool,
-    work: RouterWork, h: Activation, target: Target, pdl: int = 0,
+    work: RouterWork, h: Activation, target: Target, pdl: int = 0, layer_gate: LayerGate | None = None,
 ) -> None:  # fmt: skip
     """Add the parts to x, choose experts, list them and quantise their input.
 
@@ -412,6 +349,8 @@ def route(
         layer, uniform: uniform chooses ids by a hash of (layer, position, token id) instead of the scores, whose
             weights it takes; E a power of two.
         h: [T, H], written.
+        layer_gate: this gate and weight for the wgmma kernel; where it runs, it takes more than `MAX_FUSED_TOKENS`
+            tokens if h is in FP8 and there are no parts.
 
     Raises:
         ValueError: the step is larger than the work's memory, or uniform routing of a number that is no power of two.
@@ -424,6 +363,12 @@ def route(
         raise ValueError(f"The routing's memory is for {len(work.ids) // top_k} tokens, got {num_tokens}.")
     if uniform and num_experts & (num_experts - 1):
         raise ValueError(f"Uniform routing needs a power of two of experts, got {num_experts}.")
+    product = None if layer_gate is None else layer_gate.product
+    if layer_gate and product and num_tokens > MAX_FUSED_TOKENS and parts is None and h.scale is not None:
+        product(x, layer_gate.image, weight, work.logits, work.squares, work.counts, h)
+        _select(x, x, weight, eps, bias, positions, token_ids, layer, uniform, work, h,
+                num_splits(num_tokens, width), pdl, scale=True)  # fmt: skip
+        return
     cut = slicing(num_tokens, width, num_experts)
     # Several programs read a slice of x, one for each block of experts: they may not see it half changed.
     fused = num_tokens <= MAX_FUSED_TOKENS
@@ -432,8 +377,8 @@ def route(
         _few_logits(x, parts, weight, gate, x_out, work, cut, target, pdl)
     else:
         fused_norm.add_norm(x, parts, weight, eps, h, pdl)
-        _many_logits(x, weight, gate, work, cut, target, pdl)
-    _select(x, x_out, weight, eps, bias, positions, token_ids, layer, uniform, work, h, cut, pdl)
+        many_logits(x, weight, gate, work.gate_parts, work.logits, work.squares, work.counts, cut.num, target, pdl)
+    _select(x, x_out, weight, eps, bias, positions, token_ids, layer, uniform, work, h, cut.num, pdl)
 
 
 def _few_logits(
@@ -452,39 +397,23 @@ def _few_logits(
     )  # fmt: skip
 
 
-def _many_logits(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, work: RouterWork, cut: Slicing, target: Target, pdl: int
-) -> None:
-    (num_tokens, width), num_experts = x.shape, work.num_experts
-    enqueue(
-        _gate_parts_kernel, (cdiv(gate.numel(), GATE_BLOCK), 1, 1),
-        weight, gate, work.gate_parts, work.counts, SIZE=gate.numel(), EXPERTS=num_experts, BLOCK=GATE_BLOCK,
-        COUNTERS=len(work.counts), PDL=pdl, **launch_options(4, pdl),
-    )  # fmt: skip
-    stages = 3 if target.shared_bytes > 200 * 1024 else 1  # 56 KB each, and the parts of x
-    enqueue(
-        _many_logits_kernel, (cut.num, cdiv(num_tokens, cut.bm), 1), x, work.gate_parts, work.logits,
-        work.squares, num_tokens, WIDTH=width, EXPERTS=num_experts, BE=cut.be,
-        SLICE=width // cut.num, BM=cut.bm, BK=32, STAGES=stages, PDL=pdl, **launch_options(cut.warps, pdl),
-    )  # fmt: skip
-
-
 def _select(
     x: torch.Tensor, x_out: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor,
     positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool, work: RouterWork, h: Activation,
-    cut: Slicing, pdl: int,
+    num_slices: int, pdl: int, scale: bool = False,
 ) -> None:  # fmt: skip
     (num_tokens, width), num_experts, top_k = x.shape, work.num_experts, work.top_k
     few, unit = num_tokens <= MAX_FEW_TOKENS, unit_tokens(num_tokens)
-    padded, slices = next_power_of_2(num_experts), next_power_of_2(cut.num)
+    padded, slices = next_power_of_2(num_experts), next_power_of_2(num_slices)
     enqueue(
         _select_kernel, (num_tokens, 2 if num_tokens <= MAX_FUSED_TOKENS else 1, 1),
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
         work.counts, work.lists, work.units, h.data, h.data if h.scale is None else h.scale, num_tokens,
         work.lists.shape[1], WIDTH=width, GROUPS=next_power_of_2(width // 128), EXPERTS=num_experts,
-        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=next_power_of_2(top_k), SLICES=cut.num,
+        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=next_power_of_2(top_k), SLICES=num_slices,
         SLICES_PADDED=slices, ROWS=min(8, slices), UNIT=unit, UNIFORM=uniform, COPY=x_out is not x,
-        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, **launch_options(4, pdl),
+        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, SCALE=scale, PDL=pdl,
+        **launch_options(4, pdl),
     )  # fmt: skip
     if not few:
         enqueue(_units_kernel, (1, 1, 1), work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded,

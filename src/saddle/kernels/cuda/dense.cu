@@ -6,6 +6,8 @@ constexpr int COLUMNS = SADDLE_COLUMNS;
 constexpr int ALL_ROWS = SADDLE_ROWS;
 typedef Shape<COLUMNS, ALL_ROWS, 1, 1, PLAIN_BF16> Bf16;
 typedef Shape<COLUMNS, ALL_ROWS, 1, 1, PLAIN_F32> F32;
+typedef Shape<COLUMNS, ALL_ROWS, 1, 1, ADDED_F32> Added;
 
 KERNEL(dense_bf16, Bf16)
 KERNEL(dense_f32, F32)
+KERNEL(dense_added, Added)
