@@ -73,6 +73,7 @@ class Driver:
         elif spec.uniform and self.on_gpu:
             raise StartupError("--routing uniform needs the GPU kernels (sm_80 or newer).")
         self.runner.allocate(self.info, on_progress)
+        self.real_bytes = self._used() if self.is_fused else 0  # before benches take memory of their own
         if self.is_fused:
             self.path.kv.randomise(config.load.seed)
         self._order = list(range(self.info.num_blocks))
@@ -86,13 +87,19 @@ class Driver:
         return not self.runner.waits
 
     def memory(self) -> dict[str, Any]:
-        """What was predicted to be taken, and what is, of the device's memory."""
-        free, total = torch.cuda.mem_get_info()
-        real = total - free
+        """What was predicted to be taken, and what is after the start, of the device's memory."""
         return {
-            "kind": "memory", "predicted_bytes": self.predicted_bytes, "real_bytes": real,
-            "predicted_over_real": round(self.predicted_bytes / real, 4), "num_blocks": self.info.num_blocks,
+            "kind": "memory", "predicted_bytes": self.predicted_bytes, "real_bytes": self.real_bytes,
+            "predicted_over_real": round(self.predicted_bytes / self.real_bytes, 4),
+            "num_blocks": self.info.num_blocks,
         }  # fmt: skip
+
+    @staticmethod
+    def _used() -> int:
+        """Bytes of the device that are used, by whomever."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
     # steps -------------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from saddle.protocol import (
     SamplingParams,
     StepMask,
 )
+from saddle.runner import gpu_memory
 from saddle.runner.compile_watch import CompileWatch
 from saddle.runner.device_batch import DeviceBatch, DeviceBatcher
 from saddle.runner.device_rows import DeviceRows
@@ -44,14 +45,6 @@ from saddle.runner.sampler import to_logprobs
 from saddle.runner.steps import Outcome
 
 logger = logging.getLogger(__name__)
-
-# Taken by the CUDA context, loaded kernels and a step's temporaries, beside what is counted one by one.
-RESERVE_BYTES = 1 << 30
-# Of a graph with some 500 kernels: its nodes and their arguments, forward and sampling together.
-GRAPH_BYTES = 8 << 20
-# Of a piece of a layer.
-PIECE_BYTES = 160 << 10
-
 
 # Rows of decode steps that are run at start beyond what graphs are captured for: kernels choose tiles by such steps.
 EAGER_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -108,7 +101,7 @@ class FusedPath:
         else:
             line = packed.load(folder, shape, layout, self._weights,
                                lambda share, note: on_progress("loading weights", share, note))  # fmt: skip
-        self.weight_bytes = self._weights.num_bytes
+        self.weight_bytes = max(self._weights.num_bytes, gpu_memory.held_by_torch(device))
         self.bytes_per_token = KVMemory.bytes_per_token(shape, self._kind)
         sizes = config.sizes("cuda")
         most_rows, most_tokens = sizes.max_num_seqs, sizes.max_num_batched_tokens
@@ -130,16 +123,20 @@ class FusedPath:
 
     def _count_step_bytes(self, max_rows: int, max_tokens: int, block_size: int) -> int:
         """What a step needs beside weights and KV memory, from the largest context that may be asked for."""
-        shape, asked = self._shape, self._config.scheduler.max_model_len
-        longest = min(asked or shape.max_position_embeddings, shape.max_position_embeddings)
+        shape, config = self._shape, self._config
+        longest = min(config.scheduler.max_model_len or shape.max_position_embeddings, shape.max_position_embeddings)
+        beside = gpu_memory.beside(
+            outside_bytes=gpu_memory.outside_of_torch(self._device), num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size, vocab_size=shape.vocab_size, max_tokens=max_tokens,
+            num_graphs=len(config.compile.capture_sizes(max_rows)),
+            num_piece_sizes=len(config.compile.piece_sizes(max_tokens)),
+        )  # fmt: skip
         return (
             FusedMiniMaxM2.workspace_bytes_for(shape, max_tokens, max_rows, self._target)
             + 2 * longest * (shape.rotary_dim // 2) * 4
             + DeviceRows.num_bytes(max_rows, longest, block_size)
             + DeviceSampler.num_bytes(max_rows, shape.vocab_size)
-            + GRAPH_BYTES * len(self._config.compile.capture_sizes(max_rows))
-            + PIECE_BYTES * (shape.num_layers + 1) * len(self._config.compile.piece_sizes(max_tokens))
-            + RESERVE_BYTES
+            + beside.num_bytes
         )
 
     def allocate(self, info: DeviceInfo, on_progress: ProgressFn) -> None:
