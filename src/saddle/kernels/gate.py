@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The router's logits of many tokens; on sm_90 with the experts' input in FP8 on the way.
+"""Routing of many tokens: on sm_90 one launch from the residual to lists of pairs and the experts' input in FP8.
 
     logits = x (gain * gate);   numbers * scales = x * gain in E4M3;   squares = sum of x^2
 
-The norm's 1 / rms multiplies a token's logits and its scales; the kernel that chooses experts does it (`router`), so
-the residual is read once, by blocks that each know a part of its columns. A float32 product is three of float16 with
+The norm's 1 / rms multiplies a token's logits and its scales at last, so the residual is read once, by blocks that each
+know a part of its columns. A float32 product is three of float16 with
 float32 sums: either factor is a high and a low part, together 22 bits, after a power of two of its own for each token
 and for each expert, which costs no bit. gain * gate does not depend on the step: its parts are made once, in the order
 in which the matrix units read them (`image`). The kernel, with wgmma, is `cuda/gate.cu`. Elsewhere a Triton kernel
@@ -43,9 +43,12 @@ MAX_BLOCKS = 132  # that share the work of a step which has less of its own
 # The largest number of a column of gain * gate, or of a token, becomes less than two to this; float16 ends at 2^16.
 LARGEST_EXPONENT = 14
 SMALLEST = 2.0**-100
+MAX_CHOICES = 8
 PARTS_BLOCK = 1024
 
-_POINTERS = ("x", "image", "factors", "gain", "logits", "squares", "numbers", "scales", "counts")
+_POINTERS = ("x", "image", "factors", "gain", "logits", "squares", "numbers", "scales", "bias", "positions",
+             "token_ids", "ids", "weights", "counts", "lists", "units", "flags")  # fmt: skip
+_NUMBERS = ("num_tokens", "splits", "capacity", "unit", "layer", "uniform")
 
 
 @triton.jit
@@ -119,12 +122,12 @@ def _many_logits_kernel(
 
 
 class Params(ctypes.Structure):
-    """`Params` of gate.cu."""
+    """`Params` of gate_choose.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("num_tokens", ctypes.c_int),
-        ("splits", ctypes.c_int),
+        *((name, ctypes.c_int) for name in _NUMBERS),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -132,8 +135,9 @@ class Params(ctypes.Structure):
 class GateImage:
     """gain * gate of a layer in two parts.
 
-    parts    [H / 32, 2, 256, 32] float16: of each 32 columns the high, then the low parts of every expert's, in the
-             order `places` and swizzled in chunks of 8 as wgmma reads rows of 64 bytes; zeros where there is no expert
+    parts    [H / 16, 2, 256, 16] float16: what one product of 16 columns takes, high parts, then low parts of every
+             expert; columns in the order `places`, chunks of 8 swizzled as wgmma reads rows of 32 bytes; zeros where
+             there is no expert
     factors  [256] float32, powers of two: what an expert's products are to be multiplied by
     """
 
@@ -146,8 +150,9 @@ class GateImage:
 
 
 def places() -> torch.Tensor:
-    """Which of 32 columns stands where. A lane of the kernel loads 8 adjacent columns, of which the first four belong
-    to one product of 16 and the others to the next, in the pairs in which an operand in registers wants them."""
+    """Which of 32 columns stands where in two products. A lane of the kernel loads 8 adjacent columns, of which the
+    first four belong to one product and the others to the next, in the pairs in which an operand in registers wants
+    them."""
     at = torch.arange(STEP)
     step, rest = at // 16, at % 16
     return rest % 8 // 2 * 8 + step * 4 + rest // 8 * 2 + rest % 2
@@ -164,13 +169,14 @@ def image(gate: torch.Tensor, gain: torch.Tensor) -> GateImage:
     padded = torch.zeros(2, width, EXPERTS_PADDED, dtype=torch.float16, device=gate.device)
     padded[..., :num_experts] = torch.stack((high, low))
     blocks = padded.view(2, width // STEP, STEP, EXPERTS_PADDED)[:, :, places().to(gate.device)]
-    rows = blocks.permute(1, 0, 3, 2).reshape(width // STEP, 2, EXPERTS_PADDED, 4, 8)
-    chunk = torch.arange(4, device=gate.device)[None, :]
+    # [2 parts, H / 32, 2 products, 2 chunks, 8, experts] -> [H / 16, 2 parts, experts, 2 chunks, 8]
+    rows = blocks.view(2, width // STEP, 2, 2, 8, EXPERTS_PADDED).permute(1, 2, 0, 5, 3, 4).flatten(0, 1)
+    chunk = torch.arange(2, device=gate.device)[None, :]
     expert = torch.arange(EXPERTS_PADDED, device=gate.device)[:, None]
-    swizzled = rows[:, :, expert, chunk ^ (expert // 2 % 4)]
+    swizzled = rows[:, :, expert, chunk ^ (expert // 4 % 2)]
     factors = torch.ones(EXPERTS_PADDED, device=gate.device)
     factors[:num_experts] = torch.ldexp(torch.ones_like(factors[:num_experts]), exponents - LARGEST_EXPONENT)
-    return GateImage(swizzled.reshape(width // STEP, 2, EXPERTS_PADDED, STEP).contiguous(), factors)
+    return GateImage(swizzled.reshape(width // 16, 2, EXPERTS_PADDED, 16).contiguous(), factors)
 
 
 def image_bytes(width: int) -> int:
@@ -189,12 +195,21 @@ def max_rows(max_tokens: int, width: int) -> int:
     return max(max_tokens, min(max_tokens * (width // GROUP), MAX_BLOCKS * TOKENS))
 
 
-def unsupported(width: int, num_experts: int, target: Target) -> str | None:
-    """Why the kernel cannot serve such a router on this GPU; None: it can."""
+def num_flags(max_tokens: int) -> int:
+    """By which the kernel's blocks wait for each other."""
+    return 2 + cdiv(max_tokens, TOKENS)
+
+
+def unsupported(width: int, num_experts: int, top_k: int, fp8: bool, target: Target) -> str | None:
+    """Why the kernel cannot serve such a router on this GPU; fp8: the experts' input is; None: it can."""
     if target.capability != 90:
         return f"it needs sm_90, this is {target.arch}"
     if num_experts > EXPERTS_PADDED or num_experts % 8:
         return f"it is for a multiple of 8 and at most {EXPERTS_PADDED} experts, not {num_experts}"
+    if top_k > MAX_CHOICES:
+        return f"it chooses at most {MAX_CHOICES} experts, not {top_k}"
+    if not fp8:
+        return "it is for experts that take FP8"
     if width % GROUP:
         return f"it needs a hidden size of a multiple of {GROUP}, not {width}"
     return None
@@ -210,7 +225,7 @@ class GateProduct:
     """The kernel for a model's routers. Compiles on construction, never later.
 
     Args:
-        counters: numbers that it sets to zero for the kernel that chooses.
+        counters: length of `RouterWork.counts`.
         cache_dir: where compiled binaries are kept; None: nowhere.
 
     Raises:
@@ -219,37 +234,41 @@ class GateProduct:
     """
 
     def __init__(
-        self, width: int, num_experts: int, counters: int, target: Target, device: torch.device,
+        self, width: int, num_experts: int, top_k: int, counters: int, target: Target, device: torch.device,
         cache_dir: Path | None = None,
     ) -> None:  # fmt: skip
-        why = unsupported(width, num_experts, target)
+        why = unsupported(width, num_experts, top_k, True, target)
         if why is not None:
             raise ValueError(f"The wgmma kernel for routing does not run here: {why}.")
-        self.width, self.num_experts = width, num_experts
+        self.width = width
         self._device = device.index or 0
-        options = compile_options(hidden=width, num_experts=num_experts, counters=counters)
+        options = compile_options(hidden=width, num_experts=num_experts, top_k=top_k, counters=counters)
         tag = f"{target.arch}-{VERSION}"
         cubin = nvrtc.cached_cubin(cache_dir, "gate.cu", nvrtc.sources("gate.cu"), options, tag)
-        self.kernel = nvrtc.Kernel(cubin, "gate_logits", SHARED_BYTES)
+        self.kernel = nvrtc.Kernel(cubin, "gate_route", SHARED_BYTES)
 
     def __call__(
-        self, x: torch.Tensor, gate: GateImage, gain: torch.Tensor, logits: torch.Tensor, squares: torch.Tensor,
-        counts: torch.Tensor, h: Activation,
+        self, gate: GateImage, h: Activation, capacity: int, unit: int, layer: int, uniform: bool, eps: float,
+        **tensors: torch.Tensor,
     ) -> None:  # fmt: skip
-        """logits [S, T, E] and squares [S, T] in S = `num_splits` parts; counts to zero; h = x * gain in E4M3.
+        """Route the tokens of `tensors["x"]` [T, H] float32 and write their h in E4M3.
 
         Args:
-            x: [T, H] float32.
-            gate: of the layer, with the same gain [H].
-            logits, squares: float32, at least as large as written.
-            h: [T, H]; its scales are to be multiplied by 1 / rms.
+            gate: made with the same `gain` [H].
+            capacity: of a list.
+            unit: pairs of a unit; 0: no units are written.
+            tensors: the other pointers of `Params`; arguments and results as `router` has them.
         """
         assert h.scale is not None
-        splits = num_splits(len(x), self.width)
-        tensors = (x, gate.parts, gate.factors, gain, logits, squares, h.data, h.scale, counts)
-        params = Params(*(tensor.data_ptr() for tensor in tensors), len(x), splits)
+        num_tokens = len(h.data)
+        splits = num_splits(num_tokens, self.width)
+        params = Params(num_tokens=num_tokens, splits=splits, capacity=capacity, unit=unit, layer=layer,
+                        uniform=int(uniform), eps=eps)  # fmt: skip
+        own = {"image": gate.parts, "factors": gate.factors, "numbers": h.data, "scales": h.scale}
+        for name, tensor in (*own.items(), *tensors.items()):
+            setattr(params, name, tensor.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self.kernel.launch_apart(cdiv(len(x), TOKENS) * splits, BLOCK_THREADS, params, stream)
+        self.kernel.launch_apart(cdiv(num_tokens, TOKENS) * splits, BLOCK_THREADS, params, stream, early=True)
 
 
 def many_logits(
@@ -285,20 +304,21 @@ class LayerGate:
 
 
 def prepare(
-    gates: Sequence[tuple[torch.Tensor, torch.Tensor]], counters: int, target: Target, cache_dir: Path | None = None
-) -> tuple[list[LayerGate], str]:
+    gates: Sequence[tuple[torch.Tensor, torch.Tensor]], top_k: int, counters: int, fp8: bool, target: Target,
+    cache_dir: Path | None = None,
+) -> tuple[list[LayerGate], str]:  # fmt: skip
     """For each layer's (gate, gain) what the kernel needs, none where it is not made for them; and the line that says
-    what routes many tokens, with the reason."""
+    what routes many tokens, with the reason. Arguments as `unsupported` and `GateProduct`."""
     gate = gates[0][0]
     width, num_experts = gate.shape
     found, product = [], None
-    why = unsupported(width, num_experts, target)
+    why = unsupported(width, num_experts, top_k, fp8, target)
     if why is None:
         found = [image(*one) for one in gates]
         why = f"the weights are on {gate.device.type}"
         if gate.device.type == "cuda":
             try:
-                product = GateProduct(width, num_experts, counters, target, gate.device, cache_dir)
+                product = GateProduct(width, num_experts, top_k, counters, target, gate.device, cache_dir)
             except nvrtc.CudaError as error:
                 why = f"it does not compile here: {error}"
                 logger.warning("No wgmma kernel for routing: %s", error)

@@ -25,15 +25,17 @@ import triton
 import triton.language as tl
 
 from saddle.kernels import fused_norm
-from saddle.kernels.gate import LayerGate, many_logits, max_rows, num_splits
+from saddle.kernels.gate import LayerGate, many_logits, max_rows, num_flags
 from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import begin, launch_options, quantised, release
 from saddle.kernels.whole import cdiv, next_power_of_2
 
-# Up to here the experts' kernels have the weights as the product's rows, see `experts`.
-MAX_FEW_TOKENS = 256
+# Up to here, and to so many pairs an expert (M2 has 8 then), the experts' kernels have the weights as the product's
+# rows, see `experts`. They read them again for every 16 pairs: with 16 experts as wide as M2's they took 1.0 times as
+# long as wgmma at 8 pairs an expert, 1.2 at 16, 2.0 at 32 and 5.1 at 128 (H100).
+MAX_FEW_TOKENS, MAX_FEW_PAIRS = 256, 8
 # Up to here the first kernel adds the parts of each slice, and the second one norms; above, one kernel does both.
 MAX_FUSED_TOKENS = 128
 MANY_BLOCK = 128
@@ -126,7 +128,7 @@ def _choose(
     CHOICES: tl.constexpr, SLICES: tl.constexpr, SLICES_PADDED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
     UNIFORM: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ids, weights and lists of one token. Returns its 1 / rms."""
+    """Ids, weights and lists of one token."""
     expert = tl.arange(0, EXPERTS_PADDED)
     choice = tl.arange(0, CHOICES)
     real = expert < EXPERTS
@@ -160,7 +162,6 @@ def _choose(
     share = tl.where(picked, tl.gather(scores, chosen, 0), 0.0)
     tl.store(weights + pair, share / tl.sum(share, 0), mask=picked)
     tl.store(ids + pair, tl.where(position >= 0, chosen, -1), mask=picked)
-    return inverse
 
 
 @triton.jit
@@ -194,19 +195,15 @@ def _select_kernel(
     h_scales, num_tokens, capacity, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, SLICES: tl.constexpr,
     SLICES_PADDED: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, UNIFORM: tl.constexpr, COPY: tl.constexpr,
-    LISTS: tl.constexpr, A8: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    LISTS: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: program (token, 0) chooses, program (token, 1), if there is one, norms: neither waits for the other.
-    LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists. SCALE: h is there, but for its 1 / rms."""
+    LISTS 0: ids alone (a step of one token), 1: lists and units, 2: lists."""
     token = tl.program_id(0)
     if tl.program_id(1) == 0:
-        inverse = _choose(logits, squares, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units,
-                          token, num_tokens, capacity, WIDTH, EXPERTS, EXPERTS_PADDED, TOP_K, CHOICES, SLICES,
-                          SLICES_PADDED, ROWS, UNIT, UNIFORM, LISTS, PDL)  # fmt: skip
-        if SCALE:
-            group = tl.arange(0, GROUPS)
-            at = h_scales + token * (WIDTH // 128) + group
-            tl.store(at, tl.load(at, mask=group < WIDTH // 128) * inverse, mask=group < WIDTH // 128)
+        _choose(logits, squares, bias, positions, token_ids, layer, eps, ids, weights, counts, lists, units, token,
+                num_tokens, capacity, WIDTH, EXPERTS, EXPERTS_PADDED, TOP_K, CHOICES, SLICES, SLICES_PADDED, ROWS,
+                UNIT, UNIFORM, LISTS, PDL)  # fmt: skip
     else:
         _norm(x, x_out, squares, weight, eps, h, h_scales, token, num_tokens, WIDTH, GROUPS, SLICES, SLICES_PADDED,
               COPY, A8, PDL)  # fmt: skip
@@ -262,7 +259,7 @@ class RouterWork:
     counts    [E + 1, padded] int32: pairs of each expert, then the number of units
     lists     [E, max_tokens] int32: pairs of each expert
     units     [max units] int32
-    logits, squares, x, gate_parts   scratch
+    logits, squares, x, gate_parts, flags   scratch; the flags are zeros between launches
     """
 
     top_k: int
@@ -275,6 +272,7 @@ class RouterWork:
     squares: torch.Tensor
     x: torch.Tensor
     gate_parts: torch.Tensor
+    flags: torch.Tensor
 
     @staticmethod
     def shapes(
@@ -296,6 +294,7 @@ class RouterWork:
             "squares": ((rows,), torch.float32),
             "x": ((min(max_tokens, 64), width), torch.float32),
             "gate_parts": ((num_parts, width, num_experts), torch.bfloat16),
+            "flags": ((num_flags(max_tokens),), torch.int32),
         }
 
     @classmethod
@@ -321,6 +320,10 @@ class RouterWork:
     def num_experts(self) -> int:
         return self.lists.shape[0]
 
+    def takes_few(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens goes by the experts' kernels for few."""
+        return num_tokens <= most_few_tokens(self.num_experts, self.top_k)
+
 
 def max_units(num_tokens: int, num_experts: int, top_k: int, unit_tokens: int) -> int:
     """Most units that a step of so many tokens can have: known without looking at the device."""
@@ -328,15 +331,22 @@ def max_units(num_tokens: int, num_experts: int, top_k: int, unit_tokens: int) -
     return min(pairs, min(num_experts, pairs) + pairs // unit_tokens)
 
 
-def unit_tokens(num_tokens: int) -> int:
+def most_few_tokens(num_experts: int, top_k: int) -> int:
+    """Tokens up to which an expert has few pairs: a power of two, since tiles are chosen for these."""
+    tokens = MAX_FEW_PAIRS * num_experts // top_k
+    return min(MAX_FEW_TOKENS, 1 << tokens.bit_length() - 1)
+
+
+def unit_tokens(num_tokens: int, num_experts: int, top_k: int) -> int:
     """Pairs that one unit of a step of so many tokens holds at most."""
-    return FEW_UNIT_TOKENS if num_tokens <= MAX_FEW_TOKENS else MANY_UNIT_TOKENS
+    return FEW_UNIT_TOKENS if num_tokens <= most_few_tokens(num_experts, top_k) else MANY_UNIT_TOKENS
 
 
 def route(
     x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, gate: torch.Tensor,
     bias: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool,
     work: RouterWork, h: Activation, target: Target, pdl: int = 0, layer_gate: LayerGate | None = None,
+    units: bool = True,
 ) -> None:  # fmt: skip
     """Add the parts to x, choose experts, list them and quantise their input.
 
@@ -350,13 +360,13 @@ def route(
             weights it takes; E a power of two.
         h: [T, H], written.
         layer_gate: this gate and weight for the wgmma kernel; where it runs, it takes more than `MAX_FUSED_TOKENS`
-            tokens if h is in FP8 and there are no parts.
+            tokens if there are no parts.
+        units: whether experts of many tokens want units.
 
     Raises:
         ValueError: the step is larger than the work's memory, or uniform routing of a number that is no power of two.
     """
-    num_tokens, width = x.shape
-    num_experts, top_k = work.num_experts, work.top_k
+    num_tokens, num_experts, top_k = len(x), work.num_experts, work.top_k
     if num_tokens == 0:
         return
     if num_tokens * top_k > len(work.ids):
@@ -364,11 +374,27 @@ def route(
     if uniform and num_experts & (num_experts - 1):
         raise ValueError(f"Uniform routing needs a power of two of experts, got {num_experts}.")
     product = None if layer_gate is None else layer_gate.product
-    if layer_gate and product and num_tokens > MAX_FUSED_TOKENS and parts is None and h.scale is not None:
-        product(x, layer_gate.image, weight, work.logits, work.squares, work.counts, h)
-        _select(x, x, weight, eps, bias, positions, token_ids, layer, uniform, work, h,
-                num_splits(num_tokens, width), pdl, scale=True)  # fmt: skip
-        return
+    few, unit = work.takes_few(num_tokens), unit_tokens(num_tokens, num_experts, top_k)
+    if layer_gate and product and num_tokens > MAX_FUSED_TOKENS and parts is None:
+        product(layer_gate.image, h, work.lists.shape[1], unit if few else 0, layer, uniform, eps,
+                x=x, gain=weight, logits=work.logits, squares=work.squares, bias=bias, positions=positions,
+                token_ids=token_ids, ids=work.ids, weights=work.weights, counts=work.counts, lists=work.lists,
+                units=work.units, flags=work.flags)  # fmt: skip
+    else:
+        _launches(x, parts, weight, eps, gate, bias, positions, token_ids, layer, uniform, work, h, target, pdl)
+    if units and not few:
+        enqueue(_units_kernel, (1, 1, 1), work.counts, work.units, EXPERTS=num_experts,
+                EXPERTS_PADDED=next_power_of_2(num_experts), UNIT=unit, PDL=pdl,
+                **launch_options(4, pdl))  # fmt: skip
+
+
+def _launches(
+    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, gate: torch.Tensor,
+    bias: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool,
+    work: RouterWork, h: Activation, target: Target, pdl: int,
+) -> None:  # fmt: skip
+    """`route` but for the units of many tokens, through Triton."""
+    (num_tokens, width), num_experts = x.shape, work.num_experts
     cut = slicing(num_tokens, width, num_experts)
     # Several programs read a slice of x, one for each block of experts: they may not see it half changed.
     fused = num_tokens <= MAX_FUSED_TOKENS
@@ -378,7 +404,7 @@ def route(
     else:
         fused_norm.add_norm(x, parts, weight, eps, h, pdl)
         many_logits(x, weight, gate, work.gate_parts, work.logits, work.squares, work.counts, cut.num, target, pdl)
-    _select(x, x_out, weight, eps, bias, positions, token_ids, layer, uniform, work, h, cut.num, pdl)
+    _select(x, x_out, weight, eps, bias, positions, token_ids, layer, uniform, work, h, cut, pdl)
 
 
 def _few_logits(
@@ -400,21 +426,17 @@ def _few_logits(
 def _select(
     x: torch.Tensor, x_out: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor,
     positions: torch.Tensor, token_ids: torch.Tensor, layer: int, uniform: bool, work: RouterWork, h: Activation,
-    num_slices: int, pdl: int, scale: bool = False,
+    cut: Slicing, pdl: int,
 ) -> None:  # fmt: skip
     (num_tokens, width), num_experts, top_k = x.shape, work.num_experts, work.top_k
-    few, unit = num_tokens <= MAX_FEW_TOKENS, unit_tokens(num_tokens)
-    padded, slices = next_power_of_2(num_experts), next_power_of_2(num_slices)
+    few, unit = work.takes_few(num_tokens), unit_tokens(num_tokens, num_experts, top_k)
+    padded, slices = next_power_of_2(num_experts), next_power_of_2(cut.num)
     enqueue(
         _select_kernel, (num_tokens, 2 if num_tokens <= MAX_FUSED_TOKENS else 1, 1),
         x, x_out, work.logits, work.squares, weight, bias, positions, token_ids, layer, eps, work.ids, work.weights,
         work.counts, work.lists, work.units, h.data, h.data if h.scale is None else h.scale, num_tokens,
         work.lists.shape[1], WIDTH=width, GROUPS=next_power_of_2(width // 128), EXPERTS=num_experts,
-        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=next_power_of_2(top_k), SLICES=num_slices,
+        EXPERTS_PADDED=padded, TOP_K=top_k, CHOICES=next_power_of_2(top_k), SLICES=cut.num,
         SLICES_PADDED=slices, ROWS=min(8, slices), UNIT=unit, UNIFORM=uniform, COPY=x_out is not x,
-        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, SCALE=scale, PDL=pdl,
-        **launch_options(4, pdl),
+        LISTS=0 if num_tokens == 1 else 1 if few else 2, A8=h.scale is not None, PDL=pdl, **launch_options(4, pdl),
     )  # fmt: skip
-    if not few:
-        enqueue(_units_kernel, (1, 1, 1), work.counts, work.units, EXPERTS=num_experts, EXPERTS_PADDED=padded,
-                UNIT=unit, PDL=pdl, **launch_options(4, pdl))  # fmt: skip

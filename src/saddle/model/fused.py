@@ -5,7 +5,7 @@ A decode step is at most eight launches a layer, whatever the number of rows:
     1 norm      x += the experts' pairs of the layer before; h = norm(x), quantised
     2 qkv       h W_qkv
     3 attention QK-norm, rotary, write of K and V, attention over the paged context
-    4 o         partial sums of attn W_o
+    4 o         partial sums of attn W_o; of many tokens, x += attn W_o
     5, 6 router x += the partial sums; scores, top-k, lists of tokens by expert; h2 = norm(x), quantised
     7, 8 experts  silu(h2 W_1) * (h2 W_3), quantised; times W_2, weighted, one row for each (token, expert)
 
@@ -32,6 +32,7 @@ from saddle.errors import StartupError
 from saddle.kernels import (
     experts,
     fused_norm,
+    gate,
     grouped,
     linear,
     paged_decode,
@@ -45,6 +46,8 @@ from saddle.kernels.nvrtc import CudaError
 from saddle.kernels.paged_kv import BLOCK_SIZE, HEAD_DIM, KVLayer
 from saddle.kernels.persistent import MAX_ROWS, DecodeShape, PersistentDecode, unsupported
 from saddle.kernels.target import Target
+from saddle.kernels.tile_dot import takes_fp8
+from saddle.kernels.tiles import Fp8Tiles
 from saddle.model import packed
 from saddle.model.config import ModelConfig
 from saddle.model.inputs import DeviceInputs
@@ -101,6 +104,10 @@ class FusedMiniMaxM2:
         self.grouped, self._experts_path = grouped.prepare(
             first.w13, first.w2, first.qkv, first.o, top_k, target, cache_dir
         )
+        gates = [(layer.gate, layer.post_norm) for layer in weights.layers]
+        self._gates, self._gate_path = gate.prepare(
+            gates, top_k, len(self.space.router.counts), takes_fp8(first.w13, target), target, cache_dir
+        )
         self.prompt_attention: prompt_attention.PromptAttention | None = None
         self._attention_path = "attention of prompts: not chosen before there is KV memory"
         self.persistent: PersistentDecode | None = None
@@ -112,6 +119,10 @@ class FusedMiniMaxM2:
         """Bytes of the work space, known before anything is allocated."""
         kinds = packed.formats(config, ParallelLayout(), target.is_fnuz)
         own = Workspace(config, kinds, target, max_tokens, max_rows, torch.device("meta")).num_bytes
+        experts_fp8 = isinstance(kinds.w13, Fp8Tiles) and target.has_fp8_dot
+        if gate.unsupported(config.hidden_size, config.num_experts, config.num_experts_per_tok, experts_fp8,
+                            target) is None:  # fmt: skip
+            own += config.num_layers * gate.image_bytes(config.hidden_size)
         shape = decode_shape(config)
         if unsupported(target, shape) is not None:
             return own
@@ -119,10 +130,11 @@ class FusedMiniMaxM2:
 
     @property
     def workspace_bytes(self) -> int:
+        own = self.space.num_bytes + sum(one.image.num_bytes for one in self._gates)
         if self.persistent is None:
-            return self.space.num_bytes
+            return own
         rows = min(MAX_ROWS, self.max_rows)
-        return self.space.num_bytes + PersistentDecode.num_bytes(self.persistent.shape, rows, self.target.num_sms)
+        return own + PersistentDecode.num_bytes(self.persistent.shape, rows, self.target.num_sms)
 
     def paths(self) -> list[str]:
         """Which kernels run which steps, one line each with the reason."""
@@ -131,7 +143,7 @@ class FusedMiniMaxM2:
             decode = f"decode steps: no persistent kernel, because {self._not_persistent}"
         else:
             decode = f"decode steps of up to {MAX_ROWS} rows: the persistent kernel, one launch a step"
-        return [line, decode, self._experts_path, self._attention_path]
+        return [line, decode, self._experts_path, self._gate_path, self._attention_path]
 
     def path_of(self, num_rows: int) -> str:
         """What a decode step of so many rows runs through."""
@@ -297,8 +309,10 @@ class FusedMiniMaxM2:
         )  # fmt: skip
 
     def project(self, layer: PackedLayer, work: Buffers) -> None:
-        """Launch 4."""
-        linear.linear(work.attn, layer.o, work.o_parts, self.target, self.pdl, self.grouped.o)
+        """Launch 4; of many tokens it adds to the residual."""
+        add = work.o_parts is None
+        out = work.x if work.o_parts is None else work.o_parts
+        linear.linear(work.attn, layer.o, out, self.target, self.pdl, self.grouped.o, add)
 
     def route(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
         """Launches 5 and 6."""
@@ -306,7 +320,7 @@ class FusedMiniMaxM2:
         router.route(
             work.x, work.o_parts, layer.post_norm, self.config.rms_norm_eps, layer.gate, layer.gate_bias,
             inputs.positions, inputs.token_ids, number, self.uniform_routing, self.space.router, work.h2, self.target,
-            self.pdl,
+            self.pdl, None, self.grouped.experts is None,
         )  # fmt: skip
 
     def experts(self, layer: PackedLayer, work: Buffers) -> None:

@@ -41,7 +41,7 @@ class Buffers:
     qkv      [T, q + 2 kv] bfloat16
     q        [T, q] bfloat16
     attn     [T, q]
-    o_parts  [splits, T, H] float32
+    o_parts  [splits, T, H] float32; None for many tokens, whose product adds to x
     active   [T * k, I]
     pairs    [T * k, H] float32 or bfloat16, weighted outputs of a token's experts
     sums     `pairs` as [k, T, H], as the next norm adds them
@@ -53,7 +53,7 @@ class Buffers:
     qkv: torch.Tensor
     q: torch.Tensor
     attn: Activation
-    o_parts: torch.Tensor
+    o_parts: torch.Tensor | None
     active: Activation
     pairs: torch.Tensor
     sums: torch.Tensor
@@ -145,20 +145,23 @@ class Workspace:
 
     def _lay_out(
         self, tokens: int, memory: torch.Tensor | None, pair_memory: torch.Tensor | None
-    ) -> tuple[_Arena, _Arena, _Arena, torch.Tensor, torch.Tensor, torch.Tensor, Activation, torch.Tensor]:
+    ) -> tuple[_Arena, _Arena, _Arena, torch.Tensor, torch.Tensor, torch.Tensor | None, Activation, torch.Tensor]:
         """Both groups that share `memory`, and the pairs, laid out for a step."""
         config, first, second, third = self._config, _Arena(memory), _Arena(memory), _Arena(pair_memory)
         qkv = first.take((tokens, config.q_width + 2 * config.kv_width), torch.bfloat16)
         q = first.take((tokens, config.q_width), torch.bfloat16)
-        splits = linear.split_k(tokens, self._o, self._target)
-        o_parts = first.take((splits, tokens, config.hidden_size), torch.float32)
+        o_parts = None
+        if tokens <= linear.MAX_FEW_TOKENS:
+            splits = linear.split_k(tokens, self._o, self._target)
+            o_parts = first.take((splits, tokens, config.hidden_size), torch.float32)
         pairs, width = tokens * config.num_experts_per_tok, config.intermediate_size
         kind = self._input_dtype(self._kinds.w2)
         scale = None
         if kind != torch.bfloat16:
             scale = second.take((pairs, width // quant.GROUP), torch.float32)
         active = Activation(second.take((pairs, width), kind), scale)
-        outputs = third.take((pairs, config.hidden_size), experts.pair_dtype(tokens))
+        dtype = experts.pair_dtype(tokens, config.num_experts, config.num_experts_per_tok)
+        outputs = third.take((pairs, config.hidden_size), dtype)
         return first, second, third, qkv, q, o_parts, active, outputs
 
     def _input_dtype(self, tile_format: TileFormat) -> torch.dtype:

@@ -1,44 +1,19 @@
 // The router's logits of many tokens, and the experts' input in FP8, in one pass over the residual x.
 //
-//   logits = x (gain * gate)                  before the norm: 1 / rms joins where experts are chosen
+//   logits = x (gain * gate)                  before the norm: 1 / rms joins where experts are chosen (gate_choose.cuh)
 //   numbers, scales = x * gain in E4M3        over 128 columns; a scale times 1 / rms is the normalised input's
 //   squares = sum of x^2
 //
 // A float32 product is three of float16: x = high + low after a power of two of its own for each token, gain * gate
 // likewise for each expert (gate.py, `image`); the fourth product, of two low parts, is below float32's rounding.
 // A block has 128 tokens, all experts and a part of the columns; two warpgroups take 64 tokens each, two warps load.
-#include "gate_shapes.cuh"
-
-struct Params {
-  const float* x;          // [tokens][HIDDEN]
-  const u8* image;         // [HIDDEN / 32][high, low][EXPERTS_PADDED][32] float16, swizzled as gate.py says
-  const float* factors;    // [EXPERTS_PADDED] by which an expert's products are to be multiplied
-  const float* gain;       // [HIDDEN]
-  float* logits;           // [splits][tokens][EXPERTS]
-  float* squares;          // [splits][tokens]
-  u8* numbers;             // [tokens][HIDDEN] E4M3
-  float* scales;           // [tokens][GROUPS]
-  int* counts;             // [COUNTERS], set to zero for the kernel that chooses
-  int num_tokens;
-  int splits;              // blocks that share the columns of a token; GROUPS is a multiple
-};
+#include "gate_choose.cuh"
 
 struct Shared {
   u64 x_full[X_SLOTS], x_empty[X_SLOTS];
   u64 part_full[PART_SLOTS], part_empty[PART_SLOTS];
 };
 constexpr int SHARED_BYTES = 1024 + PART_SLOTS * PART_BYTES + X_SLOTS * X_BYTES + sizeof(Shared);
-
-struct Work {
-  int token, tokens;  // first one, how many
-  int group, groups;  // of 128 columns: first one, how many
-  int split;
-};
-
-DEVICE Work work_of(const Params& p) {
-  const int split = blockIdx.x % p.splits, groups = GROUPS / p.splits, token = blockIdx.x / p.splits * TOKENS;
-  return Work{token, min(TOKENS, p.num_tokens - token), split * groups, groups, split};
-}
 
 // ---- loading
 DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 mbarrier) {
@@ -63,10 +38,10 @@ DEVICE void load_x(const Params& p, Shared* s, const Work& work, u32 slots, int 
   }
 }
 
-// One thread: the gate's high and low parts, 32 columns at a time.
+// One thread: the gate's high and low parts, 16 columns at a time.
 DEVICE void load_parts(const Params& p, Shared* s, const Work& work, u32 ring) {
-  const u8* from = p.image + (size_t)work.group * STEPS * 2 * PART_BYTES;
-  for (int i = 0; i < work.groups * STEPS * 2; i++) {
+  const u8* from = p.image + (size_t)work.group * (GROUP / 16) * PART_BYTES;
+  for (int i = 0; i < work.groups * (GROUP / 16); i++) {
     const int slot = i % PART_SLOTS;
     const u32 full = shared_address(&s->part_full[slot]);
     if (i >= PART_SLOTS) mbarrier_wait(shared_address(&s->part_empty[slot]), (i / PART_SLOTS - 1) & 1);
@@ -173,7 +148,7 @@ DEVICE void consume(const Params& p, Shared* s, const Work& work, u32 ring, u32 
 #pragma unroll
   for (int i = 0; i < SUMS; i++) sum[i] = 0;
   u32 high[2][8], low[2][8];
-  int part = 0;  // of the gate, so far
+  int product = 0;  // of 16 columns, so far
   for (int i = 0; i < work.groups; i++) {
     const int slot = i % X_SLOTS, group = work.group + i;
     mbarrier_wait(shared_address(&s->x_full[slot]), (i / X_SLOTS) & 1);
@@ -187,40 +162,28 @@ DEVICE void consume(const Params& p, Shared* s, const Work& work, u32 ring, u32 
       const u32 at = step * (STEP * 4);
       convert(p, work, rows, x_at + at, gain_at + at, group * GROUP + step * STEP, t, h, l);
       if (step == STEPS - 1) mbarrier_arrive(shared_address(&s->x_empty[slot]));
-      if (step == 0) {
-        wgmma_wait<0>();
-        pin(sum);
-        pin(high[1]);
-        pin(low[1]);
-        if (part) {
-          mbarrier_arrive(shared_address(&s->part_empty[(part - 2) % PART_SLOTS]));
-          mbarrier_arrive(shared_address(&s->part_empty[(part - 1) % PART_SLOTS]));
+#pragma unroll
+      for (int k = 0; k < 2; k++, product++) {
+        if (step == 0 && k == 0) {
+          wgmma_wait<0>();
+          pin(sum);
+          if (rescale.x != 1.f || rescale.y != 1.f)
+#pragma unroll
+            for (int j = 0; j < SUMS; j++) sum[j] *= j % 4 < 2 ? rescale.x : rescale.y;
         }
-        if (rescale.x != 1.f || rescale.y != 1.f)
-#pragma unroll
-          for (int j = 0; j < SUMS; j++) sum[j] *= j % 4 < 2 ? rescale.x : rescale.y;
-      }
-      wgmma_begin();
-      mbarrier_wait(shared_address(&s->part_full[part % PART_SLOTS]), (part / PART_SLOTS) & 1);
-      const u64 gate_high = gate_operand(ring + part % PART_SLOTS * PART_BYTES);
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        multiply(sum, l + 4 * k, gate_high + k * 2);
-        multiply(sum, h + 4 * k, gate_high + k * 2);
-      }
-      part++;
-      mbarrier_wait(shared_address(&s->part_full[part % PART_SLOTS]), (part / PART_SLOTS) & 1);
-      const u64 gate_low = gate_operand(ring + part % PART_SLOTS * PART_BYTES);
-#pragma unroll
-      for (int k = 0; k < 2; k++) multiply(sum, h + 4 * k, gate_low + k * 2);
-      part++;
-      wgmma_commit();
-      if (step) {
-        wgmma_wait<1>();
-        pin(high[1 - step % 2]);
-        pin(low[1 - step % 2]);
-        mbarrier_arrive(shared_address(&s->part_empty[(part - 4) % PART_SLOTS]));
-        mbarrier_arrive(shared_address(&s->part_empty[(part - 3) % PART_SLOTS]));
+        if (product > 1 && !(step == 0 && k == 1)) {  // all but the newest product are done
+          if (!(step == 0 && k == 0)) wgmma_wait<1>();
+          mbarrier_arrive(shared_address(&s->part_empty[(product - 2) % PART_SLOTS]));
+          if (step == 0) mbarrier_arrive(shared_address(&s->part_empty[(product - 1) % PART_SLOTS]));
+        }
+        mbarrier_wait(shared_address(&s->part_full[product % PART_SLOTS]), (product / PART_SLOTS) & 1);
+        const u64 gate = gate_operand(ring + product % PART_SLOTS * PART_BYTES);
+        wgmma_begin();
+        multiply(sum, l + 4 * k, gate);
+        multiply(sum, h + 4 * k, gate);
+        multiply(sum, h + 4 * k, gate + LOW_AT / 16);
+        wgmma_commit();
+        if (k == 1) pin(high[1 - step % 2]), pin(low[1 - step % 2]);
       }
     }
   }
@@ -232,18 +195,17 @@ DEVICE void consume(const Params& p, Shared* s, const Work& work, u32 ring, u32 
     if (!rows.real[r]) continue;
     const size_t at = (size_t)work.split * p.num_tokens + work.token + rows.row + 8 * r;
     if (t == 0) p.squares[at] = square;
+    float* to = p.logits + at * EXPERTS + 2 * t;
 #pragma unroll
-    for (int j = 0; j < SUMS / 4; j++) {
-      const int expert = 8 * j + 2 * t;
-      if (expert >= EXPERTS) break;
-      const float2 factor = *(const float2*)(p.factors + expert);
-      *(float2*)(p.logits + at * EXPERTS + expert) =
-          make_float2(sum[4 * j + 2 * r] * inverse * factor.x, sum[4 * j + 2 * r + 1] * inverse * factor.y);
-    }
+    for (int j = 0; j < SUMS / 4; j++)
+      if (8 * j < EXPERTS) {
+        const float* pair = sum + 4 * j + 2 * r;
+        *(float2*)(to + 8 * j) = make_float2(pair[0] * inverse, pair[1] * inverse);
+      }
   }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) gate_logits(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) gate_route(const __grid_constant__ Params p) {
   extern __shared__ u8 memory[];
   const u32 ring = (shared_address(memory) + 1023) & ~1023u, slots = ring + PART_SLOTS * PART_BYTES;
   Shared* s = (Shared*)(memory + (slots - shared_address(memory)) + X_SLOTS * X_BYTES);
@@ -258,17 +220,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) gate_logits(const
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < COUNTERS; i += BLOCK_THREADS) p.counts[i] = 0;
   __syncthreads();
+  let_next_kernel_begin();
   const Work work = work_of(p);
   if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     const int warp = threadIdx.x / 32 - CONSUMERS / 32, lane = threadIdx.x % 32;
-    if (warp == 0) load_x(p, s, work, slots, lane);
+    if (warp == 0) {
+      wait_for_last_kernel();
+      load_x(p, s, work, slots, lane);
+    }
     if (warp == 1 && lane == 0) load_parts(p, s, work, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    wait_for_last_kernel();
+    if (blockIdx.x == 0) clear_counts(p);
     consume(p, s, work, ring, slots);
+    choose_experts(p, work);
   }
 }

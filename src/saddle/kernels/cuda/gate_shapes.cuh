@@ -12,7 +12,7 @@ constexpr int EXPERTS_PADDED = 256;  // columns of a product
 constexpr int TOKENS = 128;  // of a block
 constexpr int GROUP = 128;   // columns that share an FP8 scale
 constexpr int GROUPS = HIDDEN / GROUP;
-constexpr int STEP = 32;     // columns of the gate in a slot
+constexpr int STEP = 32;     // columns that are made operands at once: of two products
 constexpr int STEPS = GROUP / STEP;
 constexpr int SUMS = EXPERTS_PADDED / 2;  // of a thread: 64 tokens x 256 experts over 128 threads
 static_assert(HIDDEN % GROUP == 0 && EXPERTS <= EXPERTS_PADDED && EXPERTS % 8 == 0, "see gate.py");
@@ -26,15 +26,16 @@ constexpr int BLOCK_THREADS = CONSUMERS + 128;
 
 // ---- shared memory: a ring of the gate's parts, and slots of x: rows 16 bytes apart from the next power of two, so
 // that the eight lanes of a load find eight different groups of banks; the last row is the gain
-constexpr int PART_BYTES = EXPERTS_PADDED * STEP * 2;
+constexpr int LOW_AT = EXPERTS_PADDED * 16 * 2;  // a slot: the gate's 16 columns of a product, high parts, low parts
+constexpr int PART_BYTES = 2 * LOW_AT;
 constexpr int PART_SLOTS = 5;
 constexpr int PITCH = GROUP * 4 + 16;
 constexpr int X_BYTES = (TOKENS + 1) * PITCH;
 constexpr int X_SLOTS = 2;
 
-// The second operand: k along rows of 64 bytes, 16-byte chunks XORed as the swizzle of 64 bytes has them.
+// The second operand: k along rows of 32 bytes, 16-byte chunks XORed as the swizzle of 32 bytes has them.
 DEVICE u64 gate_operand(u32 at) {
-  return (2ull << 62) | ((u64)(8 * 64 >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
+  return (3ull << 62) | ((u64)(8 * 32 >> 4) << 32) | (1ull << 16) | ((at & 0x3FFFF) >> 4);
 }
 
 // sum [64][256] += a [64][16] b [256][16]^T in float16. Lane 4 g + t of warp w holds of rows 16 w + g (sum[4 j],
