@@ -27,7 +27,7 @@ def test_experts(shape: str, chip: Target) -> None:
         h = support.activation(torch.randn(size, width, device="cuda") * 2, chip)
         wanted = wanted_rows(quant.dequantise(h), work, *values, chip)
         act = quant.allocate(size * top_k, inner, h.data.dtype, "cuda")
-        out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size))
+        out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size, num_experts, top_k))
         experts.experts(h, w13, w2, work, act, out, chip)
         used = (size - num_pads) * top_k
         assert support.error(out[:used], wanted[:used]) < ERROR[shape], size
@@ -71,6 +71,6 @@ def test_4_bit_weights(tile_format: tiles.NibbleTiles) -> None:
         h = support.activation(torch.randn(size, width, device="cuda") * 2, without_fp8)
         wanted = wanted_rows(quant.dequantise(h), work, *values, without_fp8)
         act = quant.allocate(size * top_k, inner, torch.bfloat16, "cuda")
-        out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size))
+        out = support.poisoned(size * top_k, width, dtype=experts.pair_dtype(size, num_experts, top_k))
         experts.experts(h, w13, w2, work, act, out, chip)
         assert support.error(out, wanted) < ERROR["m2"], size

@@ -49,7 +49,7 @@ def check_lists(case: Case, ids: torch.Tensor) -> None:
     size = len(case.x)
     if size == 1:
         return
-    unit = router.unit_tokens(size)
+    unit = router.unit_tokens(size, case.num_experts, case.top_k)
     counts = case.work.counts[: case.num_experts].tolist()
     flat = ids.flatten().tolist()
     wanted = {expert: sorted(pair for pair, e in enumerate(flat) if e == expert) for expert in range(case.num_experts)}

@@ -133,7 +133,7 @@ def _experts(num_tokens: int, target: Target, tile_format: TileFormat | None = N
     w13 = tiles.allocate(2 * INTERMEDIATE, HIDDEN, tile_format, "meta", (EXPERTS,), True)
     w2 = tiles.allocate(HIDDEN, INTERMEDIATE, tile_format, "meta", (EXPERTS,))
     pairs = num_tokens * TOP_K
-    out = empty(pairs, HIDDEN, dtype=experts.pair_dtype(num_tokens))
+    out = empty(pairs, HIDDEN, dtype=experts.pair_dtype(num_tokens, EXPERTS, TOP_K))
     widths = (num_tokens, HIDDEN), (pairs, INTERMEDIATE)
     if isinstance(tile_format, NibbleTiles):
         h, act = (quant.allocate(*width, torch.bfloat16, "meta") for width in widths)
@@ -145,7 +145,7 @@ def _experts(num_tokens: int, target: Target, tile_format: TileFormat | None = N
 def _norms(num_tokens: int, target: Target) -> None:
     x, weight, pdl = empty(num_tokens, HIDDEN), empty(HIDDEN), 2 if target.has_pdl else 0
     ids, table = empty(num_tokens, dtype=torch.int32), empty(200064, HIDDEN, dtype=torch.bfloat16)
-    pairs = empty(num_tokens, TOP_K, HIDDEN, dtype=experts.pair_dtype(num_tokens)).transpose(0, 1)
+    pairs = empty(num_tokens, TOP_K, HIDDEN, dtype=experts.pair_dtype(num_tokens, EXPERTS, TOP_K)).transpose(0, 1)
     out = activation(target, num_tokens, HIDDEN)
     fused_norm.embed_norm(ids, table, x, weight, 1e-6, out, pdl)
     fused_norm.add_norm(x, pairs, weight, 1e-6, out, pdl)

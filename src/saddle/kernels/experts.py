@@ -20,7 +20,7 @@ import triton.language as tl
 from saddle.kernels.grouped import GroupedExperts
 from saddle.kernels.launching import enqueue
 from saddle.kernels.quant import Activation
-from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, MAX_FEW_TOKENS, RouterWork, max_units
+from saddle.kernels.router import FEW_UNIT_TOKENS, MANY_UNIT_TOKENS, RouterWork, max_units, most_few_tokens
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import (
     Block,
@@ -248,23 +248,21 @@ def _down_many_kernel(
                        SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, A8, BN, BM // 2, BK, STAGES, PDL)  # fmt: skip
 
 
-def up_block(num_tokens: int, w13: PackedMatrix, target: Target) -> Block:
+def up_block(num_tokens: int, w13: PackedMatrix, target: Target, is_few: bool) -> Block:
     """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
-    many = num_tokens > MAX_FEW_TOKENS
     few = Block(256, FEW_UNIT_TOKENS, 64, 6 if num_tokens <= 16 else 8, 8)
-    return choose("up", num_tokens, w13, target, Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else few)
+    return choose("up", num_tokens, w13, target, few if is_few else Block(256, MANY_UNIT_TOKENS, 128, 4, 8))
 
 
-def down_block(num_tokens: int, w2: PackedMatrix, target: Target) -> Block:
+def down_block(num_tokens: int, w2: PackedMatrix, target: Target, is_few: bool) -> Block:
     """Tiles of `down`."""
-    many = num_tokens > MAX_FEW_TOKENS
     few = Block(128, FEW_UNIT_TOKENS, 64, 6 if num_tokens <= 16 else 8, 8)
-    return choose("down", num_tokens, w2, target, Block(256, MANY_UNIT_TOKENS, 128, 4, 8) if many else few)
+    return choose("down", num_tokens, w2, target, few if is_few else Block(256, MANY_UNIT_TOKENS, 128, 4, 8))
 
 
-def pair_dtype(num_tokens: int) -> torch.dtype:
+def pair_dtype(num_tokens: int, num_experts: int, top_k: int) -> torch.dtype:
     """Dtype of the pairs' rows: float32 where they are few, bf16 where writing and adding them takes time."""
-    return torch.float32 if num_tokens <= MAX_FEW_TOKENS else torch.bfloat16
+    return torch.float32 if num_tokens <= most_few_tokens(num_experts, top_k) else torch.bfloat16
 
 
 def experts(
@@ -288,11 +286,12 @@ def experts(
     if num_tokens == 0:
         return
     _check(h, w13, w2, act, out, work, target)
-    if grouped is not None and num_tokens > MAX_FEW_TOKENS and out.dtype == torch.bfloat16:
+    is_few = work.takes_few(num_tokens)
+    if grouped is not None and not is_few and out.dtype == torch.bfloat16:
         grouped.up(h, w13, work, act)
         grouped.down(act, w2, work, out)
         return
-    blocks = up_block(num_tokens, w13, target), down_block(num_tokens, w2, target)
+    blocks = up_block(num_tokens, w13, target, is_few), down_block(num_tokens, w2, target, is_few)
     launch(h, w13, w2, work, act, out, blocks, pdl)
 
 
@@ -306,7 +305,7 @@ def launch(
     lists = (work.ids, work.counts, work.lists, work.units)
     capacity, a8 = work.lists.shape[1], h.scale is not None
     h_scales, act_scales = (h.scale, act.scale) if a8 else (h.data, act.data)  # bf16 has none: anything goes
-    few: dict[str, bool] = {"ONE": num_tokens == 1} if num_tokens <= MAX_FEW_TOKENS else {}
+    few: dict[str, bool] = {"ONE": num_tokens == 1} if work.takes_few(num_tokens) else {}
     enqueue(
         _up_few_kernel if few else _up_many_kernel, (units * (w13.num_rows // up.bn), 1, 1), h.data, h_scales,
         *weight_tensors(w13, a8), *lists, act.data, act_scales, capacity, N=w13.num_rows, **matrix_constants(w13),

@@ -20,7 +20,7 @@ import torch
 
 from saddle.kernels import nvrtc
 from saddle.kernels.quant import Activation
-from saddle.kernels.router import MAX_FEW_TOKENS, RouterWork
+from saddle.kernels.router import RouterWork, most_few_tokens
 from saddle.kernels.target import Target
 from saddle.kernels.tiles import TILE_BYTES, TILE_ROW_BYTES, TILE_ROWS, Fp8Tiles, PackedMatrix, slot_bytes
 from saddle.version import VERSION
@@ -195,7 +195,8 @@ def prepare(
                 dense = [pool.submit(GroupedLinear, w, target, cache_dir) if unsupported(w, target) is None else None
                          for w in (qkv, o)]  # fmt: skip
             found = Grouped(experts.result(), *(None if one is None else one.result() for one in dense))
-            sizes = f"experts of more than {MAX_FEW_TOKENS} tokens, projections from {MIN_DENSE_TOKENS} on"
+            most_few = most_few_tokens(len(w13.data), top_k)
+            sizes = f"experts of more than {most_few} tokens, projections from {MIN_DENSE_TOKENS} on"
             return found, f"{sizes}: wgmma kernels"
         except nvrtc.CudaError as error:
             why = f"they do not compile here: {error}"

@@ -77,6 +77,7 @@ class Case:
     matrix: PackedMatrix
     candidates: list[Block]
     run: Callable[[Block], None]
+    most_few: int = linear.MAX_FEW_TOKENS  # up to here another kernel runs than above
 
     def fitting(self, target: Target) -> list[Block]:
         """The candidates, different ones, as they fit the matrix and the chip."""
@@ -150,6 +151,7 @@ def _without_collecting() -> Iterator[None]:
 def tune(work: list[Case], target: Target, clock: Clock) -> dict[str, list[int]]:
     """The fastest candidate of every case, spread over the numbers of tokens that were not measured."""
     best: dict[str, list[tuple[int, Block]]] = {}
+    most_few: dict[str, int] = {}
     for case in work:
         times = {}
         for candidate in case.fitting(target):
@@ -162,10 +164,11 @@ def tune(work: list[Case], target: Target, clock: Clock) -> dict[str, list[int]]
             key = block_key(case.kernel, case.num_tokens, case.matrix)
             name = key.replace(f" {bucket(case.num_tokens)} ", " {} ", 1)
             best.setdefault(name, []).append((bucket(case.num_tokens), chosen))
+            most_few[name] = case.most_few
     found = {}
     for name, measured in best.items():
         for size in BUCKETS:
-            alike = [pair for pair in measured if _is_few(name, pair[0]) == _is_few(name, size)]
+            alike = [pair for pair in measured if (pair[0] <= most_few[name]) == (size <= most_few[name])]
             if alike:
                 found[name.format(size)] = [*dataclasses.astuple(_resized(name, size, _nearest(size, alike)))]
     return found
@@ -230,15 +233,18 @@ def _expert_cases(
                  torch.randn(hidden, num_experts, device=device), torch.zeros(num_experts, device=device), tokens,
                  tokens, 0, False, work, h, target)  # fmt: skip
     act = _activation(w2, num_tokens * top_k, target, device)
-    out = torch.empty(num_tokens * top_k, hidden, dtype=experts.pair_dtype(num_tokens), device=device)
-    up, down = experts.up_block(num_tokens, w13, target), experts.down_block(num_tokens, w2, target)
+    dtype = experts.pair_dtype(num_tokens, num_experts, top_k)
+    out = torch.empty(num_tokens * top_k, hidden, dtype=dtype, device=device)
+    few = work.takes_few(num_tokens)
+    up, down = experts.up_block(num_tokens, w13, target, few), experts.down_block(num_tokens, w2, target, few)
+    most_few = router.most_few_tokens(num_experts, top_k)
     # 256 rows of w1 and w3 share a scale of the activation, and both kernels take the router's units.
     ups = [dataclasses.replace(block, bn=up.bn, bm=up.bm) for block in _around(up)]
     downs = [dataclasses.replace(block, bm=down.bm) for block in _around(down)]
     yield Case("up", num_tokens, w13, ups,
-               lambda block: experts.launch(h, w13, w2, work, act, out, (block, down), 0))  # fmt: skip
+               lambda block: experts.launch(h, w13, w2, work, act, out, (block, down), 0), most_few)  # fmt: skip
     yield Case("down", num_tokens, w2, downs,
-               lambda block: experts.launch(h, w13, w2, work, act, out, (up, block), 0))  # fmt: skip
+               lambda block: experts.launch(h, w13, w2, work, act, out, (up, block), 0), most_few)  # fmt: skip
 
 
 def _around(block: Block) -> list[Block]:
@@ -271,11 +277,6 @@ def _random(
 def _activation(matrix: PackedMatrix, num_tokens: int, target: Target, device: torch.device | str) -> Activation:
     dtype = target.fp8_dtype if takes_fp8(matrix, target) else torch.bfloat16
     return quant.quantise(torch.randn(num_tokens, matrix.num_cols, device=device), dtype)
-
-
-def _is_few(name: str, size: int) -> bool:
-    linears = name.startswith(("few", "many"))
-    return size <= (linear.MAX_FEW_TOKENS if linears else router.MAX_FEW_TOKENS)
 
 
 def _nearest(size: int, measured: list[tuple[int, Block]]) -> Block:

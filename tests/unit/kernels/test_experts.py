@@ -59,8 +59,7 @@ def run(size: int, chip: target.Target, w13: tiles.PackedMatrix, w2: tiles.Packe
 
 def few_up_to(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small steps take the way of large ones."""
-    for module in (router, experts):
-        monkeypatch.setattr(module, "MAX_FEW_TOKENS", num_tokens)
+    monkeypatch.setattr(router, "most_few_tokens", lambda num_experts, top_k: num_tokens)
 
 
 @in_interpreter
@@ -124,13 +123,25 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 @outside
+def test_few_tokens_are_few_pairs_of_an_expert() -> None:
+    """M2 keeps its 256 tokens; a model with fewer experts has as many pairs an expert earlier."""
+    found = [router.most_few_tokens(num_experts, top_k) for num_experts, top_k in
+             ((256, 8), (512, 8), (192, 8), (64, 8), (16, 8), (16, 4), (8, 8))]  # fmt: skip
+    assert found == [256, 256, 128, 64, 16, 32, 8]
+    work = router.RouterWork.allocate(64, WIDTH, 16, 4, "cpu")
+    assert work.takes_few(32) and not work.takes_few(33)
+    assert experts.pair_dtype(33, 16, 4) == torch.bfloat16 and experts.pair_dtype(33, 256, 8) == torch.float32
+
+
+@outside
 def test_blocks_fit_the_shared_memory() -> None:
     w13 = tiles.allocate(3072, 3072, tiles.Fp8Tiles(), "meta", (8,), True)
     w2 = tiles.allocate(3072, 1536, tiles.Fp8Tiles(), "meta", (8,))
     for arch in target.SHARED_BYTES:
         chip = target.of_arch(arch)
         for size in (1, 64, 8192):
-            up, down = experts.up_block(size, w13, chip), experts.down_block(size, w2, chip)
-            assert up.bn == 256 and up.bm == down.bm == router.unit_tokens(size)
+            few = size <= 64
+            up, down = experts.up_block(size, w13, chip, few), experts.down_block(size, w2, chip, few)
+            assert up.bn == 256 and up.bm == down.bm == router.unit_tokens(size, 64, 8)
             for block in (up, down):
                 assert block.stages == 1 or block.stages * block.bn * block.bk < chip.shared_bytes

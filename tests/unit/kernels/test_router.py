@@ -32,7 +32,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("size", [1, 5, 40, 65])
 def test_route(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(size)
-    monkeypatch.setattr(router, "MAX_FEW_TOKENS", 40)
+    monkeypatch.setattr(router, "most_few_tokens", lambda num_experts, top_k: 40)
     monkeypatch.setattr(router, "MAX_FUSED_TOKENS", 30)
     x, parts = torch.randn(size, WIDTH), torch.randn(2, size, WIDTH)
     weight, gate, bias = torch.rand(WIDTH) + 0.5, torch.randn(WIDTH, EXPERTS) * 0.1, torch.randn(EXPERTS) * 0.1
@@ -60,16 +60,14 @@ def test_route(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_lists(work: router.RouterWork, ids: torch.Tensor, size: int) -> None:
     flat, units = ids.flatten().tolist(), []
-    unit = router.unit_tokens(size)
+    unit = router.unit_tokens(size, EXPERTS, TOP_K)
     for expert in range(EXPERTS):
         mine = [pair for pair, chosen in enumerate(flat) if chosen == expert]
         assert work.counts[expert] == len(mine)
         assert sorted(work.lists[expert, : len(mine)].tolist()) == mine
         units += [expert | tile << 16 for tile in range(-(-len(mine) // unit))]
     found = work.units[: int(work.counts[EXPERTS])].tolist()
-    assert (found if size > router.MAX_FEW_TOKENS else sorted(found)) == (
-        units if size > router.MAX_FEW_TOKENS else sorted(units)
-    )
+    assert (sorted(found) if work.takes_few(size) else found) == (sorted(units) if work.takes_few(size) else units)
 
 
 @in_interpreter
@@ -114,7 +112,7 @@ def test_memory_holds_every_smaller_step() -> None:
         for used in range(1, size + 1, 7):
             num = router.slicing(used, 3072, 256).num
             assert used * num * 256 <= work["logits"][0][0] and used * num <= work["squares"][0][0]
-            assert router.max_units(used, 256, 8, router.unit_tokens(used)) <= work["units"][0][0]
+            assert router.max_units(used, 256, 8, router.unit_tokens(used, 256, 8)) <= work["units"][0][0]
 
 
 @outside

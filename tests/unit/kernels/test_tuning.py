@@ -153,5 +153,5 @@ def test_cases_cover_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         for block in case.candidates:
             case.run(block)
             if case.kernel == "up":
-                assert block.bn == 256 and block.bm == router.unit_tokens(case.num_tokens)
+                assert block.bn == 256 and block.bm == router.unit_tokens(case.num_tokens, 16, 4)
     assert len(launched) == sum(len(case.candidates) for case in found)
