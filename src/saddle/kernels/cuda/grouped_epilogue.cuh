@@ -78,18 +78,6 @@ DEVICE void store_bf16(const Params& p, const Consumer& c, const Tile& tile, int
   }
 }
 
-// ADDED_F32: brings what sums are added to near, while they are computed. A line of 128 bytes a lane and turn.
-template <class S, int HALVES>
-DEVICE void prefetch_output(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; r++)
-#pragma unroll
-    for (int i = 0; i < HALVES; i++) {
-      const float* at = (const float*)p.output + (size_t)pairs[r] * S::N + tile.block * ROWS + half * HALF;
-      if (pairs[r] >= 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i * HALF + c.lane % 4 * 32));
-    }
-}
-
 // ADDED_F32: on top of what is there. Nobody else adds to these numbers, so the order of sums is the same every time.
 template <class S, int HALVES>
 DEVICE void store_f32(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2],
@@ -100,7 +88,7 @@ DEVICE void store_f32(const Params& p, const Consumer& c, const Tile& tile, int 
     float* to = (float*)p.output + (size_t)pairs[r] * S::N + tile.block * ROWS + half * HALF + c.lane % 4 * 2;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-      float2 old[16];
+      float2 old[16];  // all under way at once; of more there are no registers
       if constexpr (S::OUT == ADDED_F32)
 #pragma unroll
         for (int j = 0; j < 16; j++) old[j] = *(const float2*)(to + h * HALF + 8 * j);

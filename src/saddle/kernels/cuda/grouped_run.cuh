@@ -11,7 +11,6 @@ DEVICE void compute_tile(const Params& p, Consumer& c, Shared* s, u32 ring, cons
     const int row = slab + c.warp * 16 + c.lane / 4 + 8 * r;
     pairs[r] = row < tile.count ? pair_of<S>(p, tile, row) : -1;
   }
-  if constexpr (S::OUT == ADDED_F32) prefetch_output<S, HALVES>(p, c, tile, half, pairs);
   float sum[HALVES][64];
   multiply<S, HALVES>(p, c, s, ring, tile, slab, half, sum);
   if constexpr (S::OUT == SWIGLU_FP8) store_active<S, HALVES>(p, c, s, tile, half, pairs, sum);
