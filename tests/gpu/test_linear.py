@@ -41,6 +41,26 @@ def test_fp8_weights(shape: str, chip: Target) -> None:
         assert support.error(out, wanted) < BF16_ERROR, (size, "bf16")
 
 
+def again_f32(kernels: GroupedLinear, a: quant.Activation, matrix: tiles.PackedMatrix) -> torch.Tensor:
+    out = support.poisoned(len(a.data), matrix.num_rows)
+    kernels(a, matrix, out)
+    return out
+
+
+@pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
+def test_sums_are_added(chip: Target) -> None:
+    matrix = support.fp8_weight(*SHAPES["o"])
+    for size in (129, 500, 1000):
+        a = support.activation(torch.randn(size, matrix.num_cols, device="cuda"), chip)
+        out, x = support.poisoned(size, matrix.num_rows), torch.randn(size, matrix.num_rows, device="cuda")
+        linear.linear(a, matrix, out, chip)
+        wanted = x + out
+        linear.linear(a, matrix, x, chip, add=True)
+        assert torch.equal(x, wanted)
+    with pytest.raises(ValueError, match="added to"):
+        linear.linear(a[:100], matrix, x[:100], chip, add=True)
+
+
 @pytest.mark.skipif(not support.is_hopper(), reason="NO GPU OF sm_90: the wgmma kernels are not tested")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_wgmma(shape: str) -> None:
@@ -59,6 +79,10 @@ def test_wgmma(shape: str) -> None:
             again = torch.full_like(out[:size], 7.0)
             kernels(a, matrix, again)
             assert torch.equal(out[:size], again), (size, "same bits")
+        x = torch.randn(size + 1, matrix.num_rows, device="cuda")
+        summed, last = x[:size] + again_f32(kernels, a, matrix), x[size].clone()
+        kernels(a, matrix, x[:size], add=True)
+        assert torch.equal(x[:size], summed) and torch.equal(x[size], last), (size, "added")
     a = support.activation(torch.randn(8192, matrix.num_cols, device="cuda"), chip)
     parts = support.poisoned(1, 8192, matrix.num_rows)
     linear.linear(a, matrix, parts, chip, 0, kernels)
