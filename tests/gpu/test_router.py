@@ -39,7 +39,7 @@ class Case:
     def run(
         self, chip: Target, uniform: bool = False, layer: int = 5, layer_gate: gate.LayerGate | None = None
     ) -> quant.Activation:
-        h = quant.allocate(*self.x.shape, chip.fp8_dtype if chip.has_fp8_dot else torch.bfloat16, "cuda")
+        h = quant.allocate(len(self.x), self.x.shape[1], chip.fp8_dtype if chip.has_fp8_dot else torch.bfloat16, "cuda")
         for tensor in (self.work.ids, self.work.weights, self.work.lists, self.work.units, self.work.counts):
             tensor.fill_(-(1 << 20))
         for tensor in (self.work.logits, self.work.squares):
