@@ -7,6 +7,7 @@ products beat any routing. The math is that of the released model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -92,7 +93,7 @@ class Model(nn.Module):
         self.shape = shape
         self.embed = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden) * 0.02)
         self.head = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden) * 0.02)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.layers = cast("list[Layer]", nn.ModuleList(Layer(shape) for _ in range(shape.layers)))
         self.norm = nn.Parameter(torch.ones(shape.hidden))
         frequencies = shape.theta ** (-torch.arange(0, shape.rotary, 2).float() / shape.rotary)
         angles = torch.arange(shape.context).float()[:, None] * frequencies

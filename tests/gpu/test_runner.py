@@ -411,7 +411,7 @@ def test_a_failed_step_leaves_the_others(plans: Plans, tasks: list[Task]) -> Non
 
 
 @pytest.mark.parametrize("kv", ["fp8", "fp8_dynamic"])
-def test_answers_with_fp8_kv(kv: str, tasks: list[Task]) -> None:
+def test_answers_with_fp8_kv(kv: Any, tasks: list[Task]) -> None:
     """Alone the persistent kernel, together the others; `test_model.py` bounds what FP8 KV changes."""
     config = replace(CONFIG, cache=replace(CONFIG.cache, kv_cache_dtype=kv))
     plans = Plans(*start(config, "native"), order=5)

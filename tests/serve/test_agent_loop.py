@@ -97,13 +97,13 @@ class Conversation:
         self.cached.append(reply.usage.prompt_tokens_details.cached_tokens or 0)
         self.computed.append(prompt_ids + token_ids[:-1])
         self.num_prompt += len(prompt_ids)
-        message = reply.choices[0].message
-        back: dict[str, Any] = {"role": "assistant", "content": message.content}
-        if message.tool_calls:
-            back["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in message.tool_calls]
+        answer = reply.choices[0].message
+        back: dict[str, Any] = {"role": "assistant", "content": answer.content}
+        if answer.tool_calls:
+            back["tool_calls"] = [call.model_dump(include={"id", "type", "function"}) for call in answer.tool_calls]
             for call in back["tool_calls"]:
                 call["function"] = {key: call["function"][key] for key in ("name", "arguments")}
-        reasoning = (message.model_extra or {}).get("reasoning_content")
+        reasoning = (answer.model_extra or {}).get("reasoning_content")
         if reasoning:
             back["reasoning_content"] = reasoning
         self.messages.append(back)

@@ -68,7 +68,7 @@ async def test_sixty_four_streams(crowded: ServerProcess) -> None:
     timeout = aiohttp.ClientTimeout(total=90)
     async with aiohttp.ClientSession(crowded.base, connector=connector, timeout=timeout) as http:
         texts = [f"count {30 + i}" if i % 2 else f"say this is the text of stream {i} " * 4 for i in range(60)]
-        results = await asyncio.gather(
+        results: list[Any] = await asyncio.gather(
             *(streamed(http, text) for text in texts),
             *(leave_early(http, f"count {500 + i}") for i in range(3)),
             too_long(http),

@@ -94,7 +94,8 @@ def test_a_tool_loop_reuses_its_own_tokens(llm: LLM) -> None:
 def test_generate_continues_text_and_ids(llm: LLM) -> None:
     system = "You are Saddle Demo, a small demonstration model."
     text = f"]~!b[]~b]system\n{system}[e~[\n]~b]user\n2+3[e~[\n]~b]ai\n<think>\n"
-    by_text, by_ids = llm.generate([text, llm.tokenizer.encode(text)], GREEDY)
+    prompts: list[str | list[int]] = [text, llm.tokenizer.encode(text)]
+    by_text, by_ids = llm.generate(prompts, GREEDY)
     assert by_text.outputs[0].text == by_ids.outputs[0].text
     assert by_text.outputs[0].text.endswith("2 + 3 = 5")
     assert by_text.prompt_token_ids == by_ids.prompt_token_ids

@@ -48,7 +48,8 @@ def token_at(prompt: list[int], index: int) -> int:
 
 def model(asked: TokenRequest, max_model_len: int) -> tuple[list[int], FinishReason]:
     """What a request must yield, whatever happens around it."""
-    params, ids = asked.params, []
+    params = asked.params
+    ids: list[int] = []
     most = min(params.max_tokens or 0, max_model_len - len(asked.prompt_ids))
     while True:
         token = token_at(asked.prompt_ids, len(ids))

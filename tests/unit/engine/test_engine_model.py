@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def generate(
     folder: Path, prompts: list[list[int]], *, plans: int = 1, budget: int = 512, num_blocks: int = 400,
-    together: bool = True, **params: int,
+    together: bool = True, **params: Any,
 ) -> tuple[list[list[int]], EngineCore]:  # fmt: skip
     """Greedy ids of each prompt, all at once or one after the other."""
     from saddle.executor.inproc import InprocExecutor

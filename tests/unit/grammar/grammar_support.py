@@ -128,7 +128,7 @@ def json_schema(part: Any) -> Any:
     """The leaderboard's schemas in the words of JSON Schema; its `optional` and `location` mean nothing there."""
     if not isinstance(part, dict):
         return part
-    schema = {}
+    schema: dict[str, Any] = {}
     for key, value in part.items():
         if key == "type" and isinstance(value, str):
             kind = TYPES.get(value.lower(), value.lower())

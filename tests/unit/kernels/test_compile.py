@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saddle.kernels import compile_table, target
 
-FAMILIES = ("sm_80", "sm_90", "gfx942")
+FAMILIES: tuple[str, ...] = ("sm_80", "sm_90", "gfx942")
 if os.environ.get("SADDLE_TEST_FAMILIES") == "all":
     FAMILIES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 

@@ -40,8 +40,8 @@ def test_constants_are_the_same_on_both_sides() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
-    for shape in ((3072, 1536, 256), (256, 128, 16)):
-        assert [grouped.unsupported(w, H100) for w in weights(*shape)] == [None, None]
+    for known in ((3072, 1536, 256), (256, 128, 16)):
+        assert [grouped.unsupported(w, H100) for w in weights(*known)] == [None, None]
     for shape, word in (
         ((384, 128, 16), "rows"), ((256, 128, 512), "experts"), ((256, 128, 16, tiles.Fp8Tiles(64)), "128 columns"),
         ((256, 128, 16, tiles.Bf16Tiles()), "FP8 tiles"),

@@ -7,6 +7,7 @@ import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_parameters_are_the_same_on_both_sides() -> None:
     expected = struct_fields("Params")
     fields = persistent.params_type(3)._fields_
     assert [entry[0] for entry in fields] == [name for name, _ in expected]
-    for (_, kind), (name, theirs) in zip([entry[:2] for entry in fields], expected, strict=True):
+    kinds: list[Any] = [entry[1] for entry in fields]
+    for kind, (name, theirs) in zip(kinds, expected, strict=True):
         if isinstance(theirs, str):
             assert theirs in ("[ROTARY_DIM / 2]", "[NUM_LAYERS]"), name
             assert kind._length_ == (32 if name == "rotary_frequencies" else 3)

@@ -122,7 +122,8 @@ def test_fp8_slices_carry_their_scales(rows: Slice, columns: Slice, granularity:
     whole = stored[""].float() * stored["_scale_inv"][index]
     read: list[str] = []
 
-    def get(suffix: str, some_rows: Slice, some_columns: Slice) -> torch.Tensor:
+    def get(suffix: str, *parts: Slice) -> torch.Tensor:
+        some_rows, some_columns = parts
         read.append(suffix)
         return stored[suffix][some_rows.start : some_rows.stop, some_columns.start : some_columns.stop]
 

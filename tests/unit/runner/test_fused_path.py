@@ -6,10 +6,11 @@ known in advance, whatever way it took.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from saddle.kernels.target import of_arch
 from saddle.model.config import ModelConfig
 from saddle.model.inputs import DeviceInputs
 from saddle.plan.memory import plan_device
-from saddle.protocol import DeviceInfo, DeviceMemory, SamplingParams, StepMask, StepPlan
+from saddle.protocol import DeviceInfo, DeviceMemory, SamplingParams, StepMask, StepPlan, TokenLogprobs
 from saddle.runner import fused_path
 from saddle.runner.graphs import DecodeGraphs, PieceGraphs
 from saddle.runner.runner import Runner
@@ -135,15 +136,15 @@ def capture(
     for size in reversed(graphs.sizes):
         forward(size)
         sample(size)
-        graphs._forward[size] = Graph(lambda size=size: forward(size))
-        graphs._sample[size] = Graph(lambda size=size: sample(size))
+        graphs._forward[size] = cast(Any, Graph(functools.partial(forward, size)))
+        graphs._sample[size] = cast(Any, Graph(functools.partial(sample, size)))
 
 
 def capture_pieces(
     graphs: PieceGraphs, launch: Callable[[int, int], object], pool: Any, on_size: Callable[[int, int], None]
 ) -> None:  # fmt: skip
     for size in reversed(graphs.sizes):
-        graphs._pieces[size] = [Graph(lambda size=size, number=number: launch(size, number))
+        graphs._pieces[size] = [cast(Any, Graph(functools.partial(launch, size, number)))
                                 for number in range(graphs.num_pieces)]  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def test_rows_that_come_and_go(plans: Plans) -> None:
     for row, ids in prompts.items():
         plans.start(row, ids)
         plans.finish([row], 2)
-    plans.finish(prompts, 5)
+    plans.finish([*prompts], 5)
     for row, ids in prompts.items():
         assert plans.output(row) == continued(ids, 5)
     plans.release(1)
@@ -211,7 +212,7 @@ def test_rows_that_come_and_go(plans: Plans) -> None:
 
 @in_interpreter
 def test_graphs_serve_decode_steps_that_are_plain(plans: Plans) -> None:
-    path = plans.runner.path
+    path: Any = plans.runner.path
     assert path._graphs.sizes == (1, 2, 4, 5)
     replayed: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -232,7 +233,7 @@ def test_graphs_serve_decode_steps_that_are_plain(plans: Plans) -> None:
 @in_interpreter
 def test_pieces_of_steps_with_prompts_are_graphs_up_to_a_size(plans: Plans) -> None:
     """By the number of tokens, and never where no row has more than one; the ids are those of the prompts."""
-    path = plans.runner.path
+    path: Any = plans.runner.path
     assert path._pieces.sizes == (16, 32, 64)
     replayed: list[tuple[int, int]] = []
     prompts = {0: prompt_of(20, 1, VOCAB), 1: prompt_of(16, 2, VOCAB), 2: prompt_of(15, 3, VOCAB)}
@@ -246,7 +247,7 @@ def test_pieces_of_steps_with_prompts_are_graphs_up_to_a_size(plans: Plans) -> N
         admit = plans.admit(2, prompts[2])
         plans.step(plans.work(0, 1), plans.work(1, 1), plans.work(2, 15), admits=[admit])
         assert replayed[6:] == [(32, 0), (32, 1), (32, 2)]
-        plans.finish(prompts, 3)
+        plans.finish([*prompts], 3)
         assert len(replayed) == 9 and path.piece_size == 0
     for row, ids in prompts.items():
         assert plans.output(row) == continued(ids, 3)
@@ -323,7 +324,7 @@ def test_prompt_logprobs_where_more_logits_than_rows_are_needed(plans: Plans, ch
     other = prompt_of(6, 8, VOCAB)
     plans.start(1, other)
     admit = plans.admit(0, prompt, SamplingParams(temperature=0.0, prompt_logprobs=1))
-    entries = []
+    entries: list[TokenLogprobs] = []
     for number, chunk in enumerate(chunks):
         result = plans.step(plans.work(0, chunk), plans.work(1, 1), admits=[admit] if number == 0 else [])
         for part in result.prompt_logprobs:
@@ -346,10 +347,11 @@ def test_an_empty_plan(plans: Plans) -> None:
 @in_interpreter
 def test_without_graphs(patched: None) -> None:
     plans = Plans(*started(replace(CONFIG, compile=CompileConfig(enforce_eager=True))))
-    assert plans.runner.path._graphs.sizes == () == plans.runner.path._pieces.sizes
+    path: Any = plans.runner.path
+    assert path._graphs.sizes == () == path._pieces.sizes
     prompts = {0: prompt_of(63, 1, VOCAB), 2: prompt_of(4, 2, VOCAB)}
     for row, ids in prompts.items():
         plans.start(row, ids)
-    plans.finish(prompts, 4)
+    plans.finish([*prompts], 4)
     for row, ids in prompts.items():
         assert plans.output(row) == continued(ids, 4)

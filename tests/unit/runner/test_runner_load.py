@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_what_is_asked_for_is_what_is_done(folder: Path) -> None:
     assert (info.block_size, info.max_num_seqs, info.max_num_batched_tokens) == (8, 3, 24)
     assert info.max_model_len == 96 and "--max-model-len" in line(info, "max_model_len")
     assert info.num_blocks == 3 * 96 // 8
-    assert runner.path._kv.dtype == torch.bfloat16 and "--dtype" in line(info, "dtype")
+    assert cast(Any, runner.path)._kv.dtype == torch.bfloat16 and "--dtype" in line(info, "dtype")
 
 
 def test_auto_is_the_largest_context_that_fits(folder: Path) -> None:

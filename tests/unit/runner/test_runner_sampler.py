@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from saddle.protocol import RowAdmit, RowWork, SamplingParams, StepMask
 from saddle.runner import sampler as sampling
 
 VOCAB = 48
-GREEDY = {"temperature": 0.0}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_penalties_by_their_formulas(logits: torch.Tensor) -> None:
     [({"repetition_penalty": 0.8}, {4, 6}), ({"presence_penalty": -1.0}, {6}), ({"frequency_penalty": 1.0}, {6})],
     ids=repr,
 )
-def test_each_penalty_alone(logits: torch.Tensor, extra: dict[str, float], changed: set[int]) -> None:
+def test_each_penalty_alone(logits: torch.Tensor, extra: dict[str, Any], changed: set[int]) -> None:
     found = edited(logits, Row(SamplingParams(**extra), prompt=(4,), output=(6,)))
     assert set((found != logits).nonzero().flatten().tolist()) == changed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -194,7 +196,7 @@ def test_a_failed_step_leaves_the_other_rows_as_they_were(
         raise RuntimeError("out of order")
 
     with monkeypatch.context() as patch:
-        patch.setattr(plans.runner.path._model, "forward", broken)
+        patch.setattr(cast(Any, plans.runner.path)._model, "forward", broken)
         other = plans.admit(0, prompt_of(30, 1))
         result = plans.run(plans.plan([other], [plans.work(0, 30)]))
     assert result.error == "RuntimeError: out of order" and result.samples == []

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 
@@ -169,8 +169,8 @@ async def running(tokenizer: Tokenizer, script: Script, config: ServerConfig | N
     client = FakeClient(script, vocab_size=tokenizer.vocab_size)
     replay = ReplayStore(1 << 20)
     renderer = Renderer(tokenizer, None, "You are a helpful assistant.", replay, 1 << 20)
-    service = Service(client, tokenizer, renderer, replay, config, Metrics(NAME), model_names=(NAME, "alias"),
-                      defaults=defaults or {})  # type: ignore[arg-type]  # fmt: skip
+    service = Service(cast(Any, client), tokenizer, renderer, replay, config, Metrics(NAME),
+                      model_names=(NAME, "alias"), defaults=defaults or {})  # fmt: skip
     sock = listen(config)
     server = http_server(build_app(service, config), config)
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))

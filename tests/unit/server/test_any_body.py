@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from saddle.parsing.tokenizer import Tokenizer
 from saddle.server.wire_openai import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tests.unit.server.harness import in_thread, words
 
 FINE = {200, 400, 404}
-ROUTES = {
+ROUTES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatBody, {"messages": [{"role": "user", "content": "hi"}]}),
     "/v1/completions": (CompletionBody, {"prompt": "hi"}),
     "/tokenize": (TokenizeBody, {"prompt": "hi"}),

@@ -43,8 +43,9 @@ class Running:
         self.client = FakeClient(script, vocab_size=tokenizer.vocab_size)
         replay = ReplayStore(1 << 20)
         renderer = Renderer(tokenizer, None, "Hello.", replay, 1 << 20)
-        self.service = Service(self.client, tokenizer, renderer, replay, self.config, Metrics(NAME),
-                               model_names=(NAME,), defaults={})  # type: ignore[arg-type]  # fmt: skip
+        client: Any = self.client
+        self.service = Service(client, tokenizer, renderer, replay, self.config, Metrics(NAME), model_names=(NAME,),
+                               defaults={})  # fmt: skip
         self.sock = listen(self.config)
         self.base = address(self.config, self.sock)
         app = build_app(self.service, self.config)
