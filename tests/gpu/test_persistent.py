@@ -125,13 +125,13 @@ def run(
     wanted = reference.settled(tokens, SHAPE.vocab, limit / 5, decode)
     pad = torch.zeros(padding, device="cuda", dtype=torch.int32)
     padded = ((tokens, 0), (context - 1, -1), (context, 0), (row_ids, -1))
-    ids, places, lengths, of_rows = (torch.cat([part, pad + fill]) for part, fill in padded)
+    ids, places, contexts, of_rows = (torch.cat([part, pad + fill]) for part, fill in padded)
     case.kernel.stages, case.kernel.num_layers = stages, num_layers
     results = []
     for _ in range(2):
         case.reset()
         logits = torch.full((rows + padding, SHAPE.vocab), float("nan"), device="cuda")
-        case.kernel.step(ids, places, lengths, of_rows, tables, logits)
+        case.kernel.step(ids, places, contexts, of_rows, tables, logits)
         torch.cuda.synchronize()
         scales = None if case.scales is None else case.scales.clone()
         results.append((case.kernel.workspace["residual"][:rows].clone(), logits, case.data.clone(), scales))
