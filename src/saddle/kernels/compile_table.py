@@ -102,8 +102,9 @@ def _linear(num_tokens: int, target: Target) -> None:
     pdl = 2 if target.has_pdl else 0
     linear.linear(activation(target, num_tokens, HIDDEN), qkv, empty(num_tokens, QKV_WIDTH, dtype=torch.bfloat16),
                   target, pdl)  # fmt: skip
-    parts = empty(linear.split_k(num_tokens, o, target), num_tokens, HIDDEN)
-    linear.linear(activation(target, num_tokens, HEADS_WIDTH), o, parts, target, pdl)
+    add = num_tokens > linear.MAX_FEW_TOKENS  # as the model does it
+    out = empty(num_tokens, HIDDEN) if add else empty(linear.split_k(num_tokens, o, target), num_tokens, HIDDEN)
+    linear.linear(activation(target, num_tokens, HEADS_WIDTH), o, out, target, pdl, add=add)
 
 
 def _linear_nibbles(tile_format: NibbleTiles, target: Target) -> None:

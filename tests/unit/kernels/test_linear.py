@@ -44,6 +44,21 @@ def test_products(shape: tuple[int, int]) -> None:
 
 
 @in_interpreter
+def test_sums_are_added_to_what_is_there() -> None:
+    torch.manual_seed(3)
+    matrix = weight(256, 256)
+    a = quant.quantise(torch.randn(130, 256))
+    alone, x = torch.full((130, 256), torch.nan), torch.randn(130, 256)
+    linear.linear(a, matrix, alone, CHIP)
+    wanted = x + alone
+    linear.linear(a, matrix, x, CHIP, add=True)
+    assert torch.equal(x, wanted)
+    for few, out in ((a[:128], x[:128]), (a, x.bfloat16()), (a, x[None])):
+        with pytest.raises(ValueError, match="are added to"):
+            linear.linear(few, matrix, out, CHIP, add=True)
+
+
+@in_interpreter
 def test_fp8_weights_are_widened_without_fp8_units() -> None:
     torch.manual_seed(2)
     matrix = weight(128, 256)
