@@ -99,7 +99,8 @@ def check_choice(case: Case, h: quant.Activation, bound: float = 2e-6) -> None:
     if h.scale is not None:
         wanted = quant.quantise(case.wanted_h.float())
         assert wanted.scale is not None
-        assert support.error(h.scale, wanted.scale) < 1e-5
+        used = wanted.scale > 1e-12  # that of a group of zeros is tiny, and no matter
+        assert support.error(h.scale * used, wanted.scale * used) < 1e-5 and h.scale.isfinite().all()
         differ = (h.data.float() != wanted.data.float()).float().mean()
         assert differ < 1e-3  # a rounding of float32 may fall on the other side
     else:
@@ -172,7 +173,7 @@ def adversarial(case: Case, kind: str) -> None:
         case.x *= 10.0 ** torch.randint(-3, 5, (len(case.x), 1), device="cuda")
         case.gate *= 10.0 ** torch.randint(-9, 1, (1, case.num_experts), device="cuda")
     elif kind == "zeros":
-        case.x[:, :256] = 0
+        case.x[:, 128:256] = 0
         case.x[1] = 0
     case.look()
 

@@ -320,7 +320,7 @@ class FusedMiniMaxM2:
         router.route(
             work.x, work.o_parts, layer.post_norm, self.config.rms_norm_eps, layer.gate, layer.gate_bias,
             inputs.positions, inputs.token_ids, number, self.uniform_routing, self.space.router, work.h2, self.target,
-            self.pdl, None, self.grouped.experts is None,
+            self.pdl, self._gates[number] if self._gates else None, self.grouped.experts is None,
         )  # fmt: skip
 
     def experts(self, layer: PackedLayer, work: Buffers) -> None:
