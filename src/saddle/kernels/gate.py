@@ -268,7 +268,7 @@ class GateProduct:
         for name, tensor in (*own.items(), *tensors.items()):
             setattr(params, name, tensor.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self.kernel.launch_apart(cdiv(num_tokens, TOKENS) * splits, BLOCK_THREADS, params, stream, early=True)
+        self.kernel.launch_apart(cdiv(num_tokens, TOKENS) * splits, BLOCK_THREADS, params, stream)
 
 
 def many_logits(
