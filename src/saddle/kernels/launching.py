@@ -8,12 +8,12 @@ compiled kernel directly; a combination that is new goes through Triton, which f
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
+
+from saddle.kernels import ahead
 
 # A product and the sum behind it in one rounding, as all kernels were measured. From Triton 3.10 on it is off where
 # nobody asks for it.
@@ -26,18 +26,6 @@ I32_LIMIT = 1 << 31
 _Compiled = tuple[Any, Any, Any, tuple[Any, ...]]  # how it is run, its handle, what goes with it, its constants
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
 _num_inputs: dict[int, int] = {}  # by id of a kernel: these live as long as their modules
-_only_compiles = False
-
-
-@contextlib.contextmanager
-def compiling_only() -> Iterator[None]:
-    """Launches through `enqueue` compile their kernel and do not run it."""
-    global _only_compiles
-    _only_compiles = True
-    try:
-        yield
-    finally:
-        _only_compiles = False
 
 
 def enqueue(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: Any) -> None:
@@ -48,16 +36,17 @@ def enqueue(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: An
         args: in order, the first a tensor; constants may follow the others.
         constants: further ones by name, and options (`num_warps`, `launch_pdl`, ..).
     """
-    if _only_compiles:
-        kernel.warmup(*args, grid=grid, **constants)
-        return
     device = args[0].get_device()
-    if device < 0:  # interpreted, or compiled without a GPU
+    if device < 0 and not ahead.only_compiles():  # interpreted, or compiled without a GPU
         kernel[grid](*args, **constants)
         return
     num_inputs = _num_inputs.get(id(kernel)) or _count(kernel)
     inputs, kinds = _classify(args[:num_inputs])
     key = (id(kernel), device, *kinds, *args[num_inputs:], *constants, *constants.values())
+    if ahead.only_compiles():
+        if ahead.is_new(key):
+            kernel.warmup(*args, grid=grid, **constants)
+        return
     found = _compiled.get(key)
     if found is not None and not triton.knobs.runtime.launch_enter_hook.calls:  # such hooks are told by Triton alone
         run, function, metadata, tail = found

@@ -9,11 +9,8 @@ takes time is compiling, so all candidates are compiled side by side first, wher
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -22,16 +19,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 
 from saddle.kernels import experts, linear, quant, router, tiles
-from saddle.kernels.launching import compiling_only
+from saddle.kernels.ahead import side_by_side
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tile_dot import Block, block_key, bucket, fit, takes_fp8
@@ -122,30 +117,11 @@ def with_blocks(target: Target, found: dict[str, list[int]]) -> Target:
 def compile_all(work: list[Case], target: Target) -> None:
     """Compile every candidate, on as many cores as there are. Those that fail do so again, and are named, when they
     are measured; where this Triton cannot, candidates are compiled one by one then."""
-    mode = getattr(triton, "AsyncCompileMode", None)
-    if mode is None or "ignore_errors" not in inspect.signature(mode).parameters:
-        return
-    with (
-        _without_collecting(), ThreadPoolExecutor(os.cpu_count()) as pool, compiling_only(),
-        mode(pool, ignore_errors=True),
-    ):  # fmt: skip
-        for case in work:
-            for block in case.fitting(target):
-                case.run(block)
-
-
-@contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
-    """No collection of garbage: Python 3.11 before 3.11.8 counts the depth of a source that it parses for all threads
-    together, and fails where one parses while another does (gh-106905). Only a collection lets it change threads there.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    with side_by_side() as can:
+        if can:
+            for case in work:
+                for block in case.fitting(target):
+                    case.run(block)
 
 
 def tune(work: list[Case], target: Target, clock: Clock) -> dict[str, list[int]]:
