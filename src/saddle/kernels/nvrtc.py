@@ -18,32 +18,13 @@ from importlib import resources
 from pathlib import Path
 
 from saddle.errors import SaddleError
+from saddle.kernels.ahead import only_compiles
 
 CU_FUNC_ATTRIBUTE_NUM_REGS = 4
 CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 3
 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 # Newest first; torch's wheels of CUDA 12 and 13 bring one of them.
 NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: which one, and 64 bytes for its value."""
-
-    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    ]
 
 
 class CudaError(SaddleError):
@@ -177,28 +158,19 @@ class Kernel:
 
     def launch(self, blocks: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
         """Launch with all blocks resident at once; `parameters` is the kernel's one argument, copied by the call."""
+        if only_compiles():
+            return
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         status = self._driver.cuLaunchCooperativeKernel(
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), pointers
         )
         self._check(status, "cuLaunchCooperativeKernel")
 
-    def launch_apart(
-        self, blocks: int, threads: int, parameters: ctypes.Structure, stream: int, early: bool = False
-    ) -> None:
-        """`launch` without the promise that all blocks are resident at once.
-
-        Args:
-            early: blocks may begin before the kernel before has ended, and wait for it themselves
-                (griddepcontrol.wait; programmatic dependent launch).
-        """
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        if early:
-            attribute = _Attribute(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-            config = _Config((blocks, 1, 1), (threads, 1, 1), self._shared_bytes, stream, ctypes.pointer(attribute), 1)
-            self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None),
-                        "cuLaunchKernelEx")  # fmt: skip
+    def launch_apart(self, blocks: int, threads: int, parameters: ctypes.Structure, stream: int) -> None:
+        """`launch` without the promise that all blocks are resident at once."""
+        if only_compiles():
             return
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         status = self._driver.cuLaunchKernel(
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, ctypes.c_void_p(stream), pointers, None
         )

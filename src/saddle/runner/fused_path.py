@@ -19,7 +19,7 @@ import torch
 from saddle import env
 from saddle.config import EngineConfig
 from saddle.errors import EngineError
-from saddle.kernels import tuning
+from saddle.kernels import ahead, tuning
 from saddle.kernels.target import Target
 from saddle.model import packed
 from saddle.model.config import GenerationConfig, ModelConfig
@@ -164,8 +164,35 @@ class FusedPath:
     def warm_up(self, num_tokens: int, on_progress: ProgressFn) -> None:
         """Compile what every kind of step needs, then capture the graphs.
 
-        Prompts of each size class; everything that sampling offers; a decoding row beside a prompt; decode steps.
+        Prompts of each size class; everything that sampling offers; a decoding row beside a prompt; decode steps. All
+        of it is enqueued twice, the first time for its kernels alone, which are compiled side by side.
         """
+        on_progress("warming up", 0.0, "compiling")
+        with ahead.side_by_side() as can:
+            if can:
+                self._run_kinds(num_tokens, lambda phase, share, note: None)
+                for size in self._graphs.sizes:
+                    self._decode(size)
+                    self._sample_plain(size)
+                for size in self._pieces.sizes:
+                    for number in range(self.model.num_pieces):
+                        self._piece(size, number)
+        self._run_kinds(num_tokens, on_progress)
+        self._graphs.capture(
+            self._decode,
+            self._sample_plain,
+            lambda done, count: on_progress("warming up", 0.5 + done / (4 * count), f"graph {done + 1} of {count}"),
+        )
+        self._pieces.capture(
+            self._piece,
+            self._graphs.pool,
+            lambda done, count: on_progress("warming up", 0.75 + done / (4 * count), f"pieces {done + 1} of {count}"),
+        )
+        torch.cuda.synchronize()
+        self.compile_watch.start()
+
+    def _run_kinds(self, num_tokens: int, on_progress: ProgressFn) -> None:
+        """Every kind of step, eagerly."""
         lengths = [1 << power for power in range(num_tokens.bit_length()) if 1 << power < num_tokens] + [num_tokens]
         params = SamplingParams(top_k=40, top_p=0.95, logprobs=1, presence_penalty=0.1, logit_bias={0: 0.0})
         for number, length in enumerate(lengths):
@@ -180,18 +207,15 @@ class FusedPath:
             if largest < size <= len(self.rows.epochs):
                 self._decode(size)
                 self._sample_plain(size)
-        self._graphs.capture(
-            self._decode,
-            self._sample_plain,
-            lambda done, count: on_progress("warming up", 0.5 + done / (4 * count), f"graph {done + 1} of {count}"),
-        )
-        self._pieces.capture(
-            lambda size, number: self.model.piece(number, self._batcher.piece_inputs(size), self.kv),
-            self._graphs.pool,
-            lambda done, count: on_progress("warming up", 0.75 + done / (4 * count), f"pieces {done + 1} of {count}"),
-        )
-        torch.cuda.synchronize()
-        self.compile_watch.start()
+
+    def _piece(self, size: int, number: int) -> None:
+        self.model.piece(number, self._batcher.piece_inputs(size), self.kv)
+
+    def _run(self, work: list[RowWork], mask: StepMask | None = None) -> None:
+        """A step to its end."""
+        read = self.sample(self.forward(work), mask)
+        if not ahead.only_compiles():  # else nothing was drawn
+            read()
 
     def _run_prompt(self, length: int, params: SamplingParams) -> None:
         """A prompt and a decoding step, in the row and the blocks of whoever comes first."""
@@ -200,7 +224,7 @@ class FusedPath:
         everything = b"\xff" * (4 * -(-self._shape.vocab_size // 32))
         mask = StepMask(-1, [0], [everything]) if params.logprobs is not None else None
         for count in (length, 1):
-            self.sample(self.forward([RowWork(0, 0, count, 0, [], True, length + 1)]), mask)()
+            self._run([RowWork(0, 0, count, 0, [], True, length + 1)], mask)
         self.rows.epochs[0] = -1
 
     def _run_rows(self, longest: int) -> None:
@@ -215,8 +239,7 @@ class FusedPath:
         for row, length in enumerate(lengths):
             blocks = [0] * -(-length // self.rows.block_size)
             self.admit(RowAdmit(row, 0, [0] * length, length, 0, blocks, SamplingParams(), 0))
-        work = [RowWork(row, 0, length, 0, [], True, length) for row, length in enumerate(lengths)]
-        self.sample(self.forward(work), None)()
+        self._run([RowWork(row, 0, length, 0, [], True, length) for row, length in enumerate(lengths)])
         self.rows.epochs[: len(lengths)] = [-1] * len(lengths)
 
     def _run_late(self) -> None:
@@ -228,7 +251,7 @@ class FusedPath:
         length = computed + block_size
         blocks = [0] * (length // block_size)
         self.admit(RowAdmit(0, 0, [0] * length, length, computed, blocks, SamplingParams(), 0))
-        self.sample(self.forward([RowWork(0, 0, block_size, 0, [], True, length)]), None)()
+        self._run([RowWork(0, 0, block_size, 0, [], True, length)])
         self.rows.epochs[0] = -1
 
     def _run_mixed(self, length: int) -> None:
@@ -237,9 +260,8 @@ class FusedPath:
             return
         for row in range(2):
             self.admit(RowAdmit(row, 0, [0] * length, length, 0, [row], SamplingParams(), 0))
-        self.sample(self.forward([RowWork(0, 0, length, 0, [], True, length)]), None)()
-        self.sample(self.forward([RowWork(0, 0, 1, 0, [], True, length + 1),
-                                  RowWork(1, 0, length, 0, [], True, length)]), None)()  # fmt: skip
+        self._run([RowWork(0, 0, length, 0, [], True, length)])
+        self._run([RowWork(0, 0, 1, 0, [], True, length + 1), RowWork(1, 0, length, 0, [], True, length)])
         self.rows.epochs[:2] = [-1, -1]
 
     # steps -------------------------------------------------------------------------------------------------------

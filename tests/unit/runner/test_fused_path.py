@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ import torch
 
 import saddle
 from saddle.config import CacheConfig, CompileConfig, EngineConfig, LoadConfig, SchedulerConfig
+from saddle.kernels import ahead, launching
 from saddle.kernels.target import of_arch
 from saddle.model.config import ModelConfig
 from saddle.model.inputs import DeviceInputs
@@ -85,6 +87,8 @@ class Model:
                 piece(number)  # what was captured reads the memory that the step's inputs are in
                 for own, given in zip(self.tokens, (inputs.token_ids, inputs.positions, inputs.slots), strict=True):
                     assert own.data_ptr() == given.data_ptr() and own.shape == given.shape
+        if ahead.only_compiles():  # its inputs were not made
+            return torch.zeros(len(inputs.logit_index), 2)
         tokens, positions = inputs.token_ids.tolist(), inputs.positions.tolist()
         for token, position, slot in zip(tokens, positions, inputs.slots.tolist(), strict=True):
             assert (position < 0) == (slot < 0)
@@ -342,6 +346,33 @@ def test_prompt_logprobs_where_more_logits_than_rows_are_needed(plans: Plans, ch
 def test_an_empty_plan(plans: Plans) -> None:
     result = plans.run(StepPlan(99_000, [], [], []))
     assert (result.samples, result.error) == ([], None)
+
+
+@in_interpreter
+def test_what_is_compiled_ahead_leaves_rows_as_they_were(patched: None) -> None:
+    """All kinds of steps are enqueued once with no launch at all, and nothing is read; then they run."""
+    config = replace(CONFIG, scheduler=replace(CONFIG.scheduler, max_num_batched_tokens=320))
+
+    @contextmanager
+    def dropping_launches() -> Iterator[bool]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ahead, "_asked", set())
+            patch.setattr(launching, "_count", lambda kernel: 0)  # interpreted kernels do not say
+            patch.setattr(ahead, "is_new", lambda key: dropped.append(key) or False)
+            yield True
+
+    dropped: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead, "side_by_side", dropping_launches)
+        plans = Plans(*started(config))
+    assert len(dropped) > 20
+    assert set(plans.runner.path.rows.epochs) == {-1}  # type: ignore[attr-defined]
+    prompts = {0: prompt_of(63, 1, VOCAB), 2: prompt_of(4, 2, VOCAB)}
+    for row, ids in prompts.items():
+        plans.start(row, ids)
+    plans.finish([*prompts], 4)
+    for row, ids in prompts.items():
+        assert plans.output(row) == continued(ids, 4)
 
 
 @in_interpreter
