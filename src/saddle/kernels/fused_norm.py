@@ -6,7 +6,9 @@
 The residual x is float32. Parts are what the matrices before left behind unsummed: the slices of a split-K product,
 or the weighted rows of a token's experts; they are added in their order, so a step's bits do not depend on timing.
 The first layer's form looks its rows up in the embedding instead; the last one's serves the tokens that need logits.
-One program a token. The math is that of `norm_rope.rms_norm`.
+One program a token; where tokens are few, one for every 128 columns, and then nobody knows a token's 1 / rms yet: sums
+of squares are left behind, and the product that follows multiplies by it (`linear`), since scales of its input carry
+any factor. The math is that of `norm_rope.rms_norm`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 NUM_WARPS = 8
 GROUP = 128  # columns that share an activation scale
+SMALLEST = tl.constexpr(1e-20)  # of a group's largest x * weight: what is less may become zero
 
 
 @triton.jit
@@ -72,9 +75,42 @@ def _norm_kernel(
         tl.store(out + target * WIDTH + columns, normed.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _group_kernel(
+    x, parts, part_stride, part_token_stride, index, table, weight, squares, out, scales,
+    WIDTH: tl.constexpr, NUM_PARTS: tl.constexpr, EMBED: tl.constexpr, A8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """128 columns of one token: out = x * weight, and squares [WIDTH / 128, T] = their part of the sum of x^2."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    column = group * 128 + tl.arange(0, 128)
+    gain = tl.load(weight + column)
+    if PDL > 0:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    if EMBED:
+        values = tl.load(table + tl.load(index + token).to(tl.int64) * WIDTH + column).to(tl.float32)
+    else:
+        values = tl.load(x + token * WIDTH + column)
+    for part in tl.static_range(NUM_PARTS):
+        values += tl.load(parts + part * part_stride + token * part_token_stride + column).to(tl.float32)
+    if PDL == 2:
+        gdc_launch_dependents()
+    tl.store(x + token * WIDTH + column, values)
+    tl.store(squares + group * tl.num_programs(0) + token, tl.sum(values * values, 0))
+    gained = values * gain
+    if A8:
+        LARGEST: tl.constexpr = 240.0 if out.dtype.element_ty == tl.float8e4b8 else 448.0
+        scale = tl.maximum(tl.max(tl.abs(gained), 0), SMALLEST) / LARGEST
+        tl.store(scales + token * (WIDTH // 128) + group, scale)
+        gained /= scale
+    tl.store(out + token * WIDTH + column, gained.to(out.dtype.element_ty))
+
+
 def embed_norm(
     token_ids: torch.Tensor, table: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, out: Activation,
-    pdl: int = 0,
+    pdl: int = 0, squares: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """First layer: x = table[token_ids], out = its norm.
 
@@ -85,19 +121,29 @@ def embed_norm(
         weight: [H] float32.
         out: [T, H], see `Activation`.
         pdl: 0 without programmatic dependent launch; 1, 2: the next kernel may start early, late.
+        squares: as in `add_norm`.
     """
+    if squares is not None:
+        _launch_groups(x, None, token_ids, table, weight, squares, out, pdl)
+        return
     _launch(len(token_ids), x, None, token_ids, table, weight, eps, out.data, out.scale, pdl, embed=True)
 
 
 def add_norm(
-    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, out: Activation, pdl: int = 0
-) -> None:
+    x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, eps: float, out: Activation, pdl: int = 0,
+    squares: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """x += sum of parts; out = norm of x.
 
     Args:
         x: [T, H] float32.
         parts: [P, T, H] float32 or bfloat16, any strides but the last.
+        squares: [H / 128, T] float32, written: sums of x^2 over 128 columns each. Then `out` lacks the factor 1 / rms,
+            `eps` is not used, and many programs share a token's work: faster for few tokens.
     """
+    if squares is not None:
+        _launch_groups(x, parts, None, None, weight, squares, out, pdl)
+        return
     _launch(x.shape[0], x, parts, None, None, weight, eps, out.data, out.scale, pdl)
 
 
@@ -111,6 +157,23 @@ def final_norm(
         logit_index: [S] int32, tokens of the step.
     """
     _launch(len(logit_index), x, parts, logit_index, None, weight, eps, out, None, pdl)
+
+
+def _launch_groups(
+    x: torch.Tensor, parts: torch.Tensor | None, index: torch.Tensor | None, table: torch.Tensor | None,
+    weight: torch.Tensor, squares: torch.Tensor, out: Activation, pdl: int,
+) -> None:  # fmt: skip
+    num_tokens, width = x.shape
+    if squares.shape != (width // GROUP, num_tokens):
+        raise ValueError(f"squares must be [{width // GROUP}, {num_tokens}], got {list(squares.shape)}")
+    if num_tokens == 0:
+        return
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
+    enqueue(
+        _group_kernel, (num_tokens, width // GROUP, 1), x, parts, *strides, index, table, weight, squares, out.data,
+        out.scale, width, num_parts, index is not None, out.scale is not None, pdl, num_warps=1, **options,
+    )  # fmt: skip
 
 
 def _launch(

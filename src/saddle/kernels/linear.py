@@ -5,7 +5,8 @@ FP8 weights meet FP8 activations on the matrix units, 128 columns at a time; eac
 weight's and the token's scale and summed in float32 (W8A8). Without FP8 units the weights become bf16 in registers
 (W8A16), as 4-bit weights do everywhere (W4A16). bf16 weights (lm_head) meet bf16 activations. Rows of an FP8 weight
 share their scale in groups of 128, so a program's rows have one scale a step. Sums run in the order of k: same bits on
-every run. On sm_90 other kernels, with wgmma, take many tokens (`grouped`).
+every run. On sm_90 other kernels, with wgmma, take many tokens (`grouped`). An input may lack its norm's 1 / rms
+(`fused_norm`): the product of few tokens multiplies by it at last.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from saddle.kernels.tile_dot import (
     weight_tensors,
 )
 from saddle.kernels.tiles import Bf16Tiles, PackedMatrix
-from saddle.kernels.whole import cdiv
+from saddle.kernels.whole import cdiv, next_power_of_2
 
 # Up to here the weights are the rows of the product and all tokens one block of columns.
 MAX_FEW_TOKENS = 128
@@ -43,12 +44,13 @@ BAND_BLOCKS = 8
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _few_kernel(
-    a, a_scales, w, w_scales, w_groups, out, num_tokens, N: tl.constexpr, K: tl.constexpr, SLOT_K: tl.constexpr,
-    SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
-    A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    a, a_scales, w, w_scales, w_groups, out, squares, eps, num_tokens, N: tl.constexpr, K: tl.constexpr,
+    SLOT_K: tl.constexpr, SLOT_BYTES: tl.constexpr, SIZE: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr,
+    INT4: tl.constexpr, A8: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[s, m, n] = sum over the s-th part of k of w[n, k] a[m, k], the weights being the product's rows."""
+    """out[s, m, n] = sum over the s-th part of k of w[n, k] a[m, k], the weights being the product's rows. GROUPS > 0:
+    times 1 / rms of token m, from that many sums of squares."""
     block = tl.program_id(0)
     PART_K: tl.constexpr = K // SPLIT
     part = tl.program_id(1)
@@ -56,11 +58,18 @@ def _few_kernel(
     m = tl.arange(0, BM)
     first = block.to(tl.int64) * (BN // 16) * (K // SLOT_K)
     begin(PDL)
+    if GROUPS > 0:
+        group = tl.arange(0, GROUPS_PADDED)
+        place = squares + group[:, None] * num_tokens + m[None, :]
+        square = tl.load(place, mask=(group < GROUPS)[:, None] & (m < num_tokens)[None, :], other=0.0)
+        inverse = tl.rsqrt(tl.sum(square, 0) / K + eps)
     total = few_product(
         a, a_scales, m, m < num_tokens, w, w_scales, w_groups, first, n, part * PART_K, part * PART_K + PART_K, K,
         SLOT_K, SLOT_BYTES, SIZE, SCALE_K, GROUP, INT4, False, A8, BN, BM, BK, STAGES,
     )  # fmt: skip
     release(PDL)
+    if GROUPS > 0:
+        total *= inverse[None, :]
     place = part * num_tokens * N + m[None, :] * N + (block * BN + n)[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(m < num_tokens)[None, :] & (n >= 0)[:, None])
 
@@ -143,7 +152,7 @@ def split_k(num_tokens: int, w: PackedMatrix, target: Target) -> int:
 
 def linear(
     a: Activation, w: PackedMatrix, out: torch.Tensor, target: Target, pdl: int = 0,
-    grouped: GroupedLinear | None = None, add: bool = False,
+    grouped: GroupedLinear | None = None, add: bool = False, squares: torch.Tensor | None = None, eps: float = 0.0,
 ) -> None:  # fmt: skip
     """out = a W^T, or out += a W^T.
 
@@ -153,9 +162,11 @@ def linear(
         out: [T, N] bf16 or float32, or the parts [S, T, N] of `split_k`, all contiguous.
         add: on top of what out [T, N] float32 holds; for more than `MAX_FEW_TOKENS` tokens.
         grouped: the wgmma kernels of weights of this shape, where they run; they take what is faster there.
+        squares, eps: of `fused_norm.add_norm`, whose output a is, for at most `MAX_FEW_TOKENS` tokens.
 
     Raises:
-        ValueError: the activation's form does not fit the weight and the target, or a sum cannot be added to out.
+        ValueError: the activation's form does not fit the weight and the target, a sum cannot be added to out, or
+            squares are given for many tokens.
     """
     num_tokens = a.data.shape[0]
     if num_tokens == 0:
@@ -164,17 +175,22 @@ def linear(
         raise ValueError(f"Sums of more than {MAX_FEW_TOKENS} tokens are added to [T, N] float32, got "
                          f"{list(out.shape)} {out.dtype}.")  # fmt: skip
     check_activation(a, w, target)
+    if num_tokens > MAX_FEW_TOKENS and squares is not None:
+        raise ValueError(f"Norms of more than {MAX_FEW_TOKENS} tokens are not left to their product, got {num_tokens}.")
     if num_tokens > MAX_FEW_TOKENS and out.dim() == 3 and out.shape[0] != 1:
         raise ValueError(f"{num_tokens} tokens are not split along k, got out {list(out.shape)}.")
-    if grouped is not None and grouped.pays(num_tokens):
+    if grouped is not None and squares is None and grouped.pays(num_tokens):
         grouped(a, w, out, add)
         return
     few = num_tokens <= MAX_FEW_TOKENS
-    launch(a, w, out, few_block(num_tokens, w, target) if few else many_block(num_tokens, w, target), pdl,
-           add)  # fmt: skip
+    block = few_block(num_tokens, w, target) if few else many_block(num_tokens, w, target)
+    launch(a, w, out, block, pdl, add, squares, eps)
 
 
-def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl: int, add: bool = False) -> None:
+def launch(
+    a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl: int, add: bool = False,
+    squares: torch.Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
     """`linear` with given tiles."""
     num_tokens, a8 = a.data.shape[0], a.scale is not None
     tensors = (a.data, a.scale if a8 else a.data, *weight_tensors(w, a8), out)
@@ -182,7 +198,9 @@ def launch(a: Activation, w: PackedMatrix, out: torch.Tensor, block: Block, pdl:
                  "STAGES": block.stages, "PDL": pdl, **launch_options(block.warps, pdl)}  # fmt: skip
     if num_tokens <= MAX_FEW_TOKENS:
         parts = 1 if out.dim() == 2 else out.shape[0]
-        enqueue(_few_kernel, (w.num_rows // block.bn, parts, 1), *tensors, num_tokens, SPLIT=parts, **constants)
+        groups = 0 if squares is None else len(squares)
+        enqueue(_few_kernel, (w.num_rows // block.bn, parts, 1), *tensors, squares, eps, num_tokens, SPLIT=parts,
+                GROUPS=groups, GROUPS_PADDED=next_power_of_2(max(1, groups)), **constants)  # fmt: skip
     else:
         programs = cdiv(num_tokens, block.bm) * (w.num_rows // block.bn)
         enqueue(_many_kernel, (programs, 1, 1), *tensors, num_tokens, BAND=BAND_BLOCKS, ADD=add, **constants)

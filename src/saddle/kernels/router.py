@@ -5,10 +5,10 @@
     E = top-k of s + bias, ties to the lower id;  w = s[E] / sum(s[E])
 
 The first kernel multiplies slices of the hidden size by the gate before the norm is known: the logits are linear in
-x, so 1 / rms joins in the second one. Products are float32 (tf32 or bf16 ones, several for one): a rounded logit would
-choose other experts. The second kernel, one program a token, selects, lists and quantises. With many tokens the norm
-is a kernel of its own, the gate is cut into bf16 parts once for all programs, and a last kernel puts the work units in
-the order of experts, so that an expert's units find its weights in the cache.
+x, so 1 / rms joins in the second one. Products are as exact as float32 ones, but several of float16 or bf16: a rounded
+logit would choose other experts. The second kernel, one program a token, selects, lists and quantises. With many
+tokens the norm is a kernel of its own, the gate is cut into bf16 parts once for all programs, and a last kernel puts
+the work units in the order of experts, so that an expert's units find its weights in the cache.
 
 A *pair* is token * top_k + j, the j-th expert of a token; its row in everything the experts write. A *unit* is
 expert | tile << 16: up to `unit_tokens` pairs of one expert, of its list's tile-th stretch. Rows with position -1 pad
@@ -44,11 +44,27 @@ FEW_UNIT_TOKENS = 16
 MANY_UNIT_TOKENS = 128
 
 
+@triton.jit
+def _two_parts(values, AXIS: tl.constexpr):
+    """High and low float16 part of values times a power of two for each group along AXIS, and what undoes that.
+
+    The group's largest lies in [2^14, 2^15) then: both parts together keep 22 bits of it, and as many of all that is
+    not below 2^-28 of it. Of the four products of parts that of the low ones is left out; so a sum is off by some 2^-22
+    of its largest terms, as one of float32 products is.
+    """
+    exponent = (tl.max(tl.abs(values), AXIS).to(tl.int32, bitcast=True) >> 23) & 0xFF
+    power = tl.minimum(268 - exponent, 253)
+    scaled = values * tl.expand_dims((power << 23).to(tl.float32, bitcast=True), AXIS)
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    return high, low, tl.expand_dims(((254 - power) << 23).to(tl.float32, bitcast=True), AXIS)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "part_stride", "part_token_stride"])
 def _few_logits_kernel(
     x, parts, part_stride, part_token_stride, weight, gate, x_out, logits, squares, counts, num_tokens,
     NUM_PARTS: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SLICE: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, COUNTERS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, COUNTERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A slice of SLICE columns: x_out = x + parts, logits [slices, T, EXPERTS] and squares [slices, T] shares."""
     part = tl.program_id(0)
@@ -58,9 +74,10 @@ def _few_logits_kernel(
     expert = expert_block * BE + tl.arange(0, BE)
     real = expert < EXPERTS
     inside = (row < num_tokens)[:, None] & (column >= 0)[None, :]
-    # No kernel writes these two: loaded before the wait.
+    # No kernel writes these two: loaded and cut into parts before the wait.
     gain = tl.load(weight + column)
     rows = tl.load(gate + column[:, None] * EXPERTS + expert[None, :], mask=real[None, :], other=0.0)
+    gate_high, gate_low, gate_unit = _two_parts(rows * gain[:, None], 0)
     begin(PDL)
     if (part == 0) & (expert_block == 0) & (tl.program_id(2) == 0):
         counter = tl.arange(0, COUNTERS)
@@ -75,7 +92,8 @@ def _few_logits_kernel(
     if expert_block == 0:
         tl.store(x_out + place, values, mask=inside)
         tl.store(squares + at, tl.sum(values * values, 1), mask=row < num_tokens)
-    total = tl.dot(values * gain[None, :], rows, input_precision=PRECISION)
+    high, low, unit = _two_parts(values, 1)
+    total = tl.dot(high, gate_high, tl.dot(high, gate_low, tl.dot(low, gate_high))) * (unit * gate_unit)
     tl.store(logits + at[:, None] * EXPERTS + expert[None, :], total, mask=(row < num_tokens)[:, None] & real[None, :])
 
 
@@ -238,10 +256,12 @@ class Slicing:
 def slicing(num_tokens: int, width: int, num_experts: int) -> Slicing:
     """Programs for every multiprocessor, and no more partial sums than that takes. Found on an H100."""
     padded = next_power_of_2(num_experts)
-    if num_tokens <= 64:
-        columns, be, bm, warps = 64, 64, 16, 4
+    if num_tokens <= 16:
+        columns, be, bm, warps = 128, 64, 16, 8
+    elif num_tokens <= 64:
+        columns, be, bm, warps = 64, 128, 16 if num_tokens <= 32 else 32, 4
     elif num_tokens <= MAX_FUSED_TOKENS:
-        columns, be, bm, warps = 32, padded, 16, 4
+        columns, be, bm, warps = 64, 128, 64, 8
     else:
         blocks = cdiv(next_power_of_2(num_tokens), MANY_BLOCK)
         most = max(1, MANY_PROGRAMS // blocks)
@@ -292,7 +312,7 @@ class RouterWork:
             "units": ((max_units(max_tokens, num_experts, top_k, FEW_UNIT_TOKENS),), torch.int32),
             "logits": ((rows * num_experts,), torch.float32),
             "squares": ((rows,), torch.float32),
-            "x": ((min(max_tokens, 64), width), torch.float32),
+            "x": ((min(max_tokens, MAX_FUSED_TOKENS), width), torch.float32),
             "gate_parts": ((num_parts, width, num_experts), torch.bfloat16),
             "flags": ((num_flags(max_tokens),), torch.int32),
         }
@@ -400,7 +420,7 @@ def _launches(
     fused = num_tokens <= MAX_FUSED_TOKENS
     x_out = work.x if fused and next_power_of_2(num_experts) > cut.be else x
     if fused:
-        _few_logits(x, parts, weight, gate, x_out, work, cut, target, pdl)
+        _few_logits(x, parts, weight, gate, x_out, work, cut, pdl)
     else:
         fused_norm.add_norm(x, parts, weight, eps, h, pdl)
         many_logits(x, weight, gate, work.gate_parts, work.logits, work.squares, work.counts, cut.num, target, pdl)
@@ -409,7 +429,7 @@ def _launches(
 
 def _few_logits(
     x: torch.Tensor, parts: torch.Tensor | None, weight: torch.Tensor, gate: torch.Tensor, x_out: torch.Tensor,
-    work: RouterWork, cut: Slicing, target: Target, pdl: int,
+    work: RouterWork, cut: Slicing, pdl: int,
 ) -> None:  # fmt: skip
     (num_tokens, width), num_experts = x.shape, work.num_experts
     blocks = next_power_of_2(num_experts) // cut.be
@@ -418,8 +438,7 @@ def _few_logits(
         _few_logits_kernel, (cut.num, blocks, cdiv(num_tokens, cut.bm)), x, parts, *strides, weight, gate, x_out,
         work.logits, work.squares, work.counts, num_tokens,
         NUM_PARTS=num_parts, WIDTH=width, EXPERTS=num_experts, SLICE=width // cut.num, BE=cut.be, BM=cut.bm,
-        COUNTERS=len(work.counts), PRECISION="tf32x3" if target.is_cuda else "ieee", PDL=pdl,
-        **launch_options(cut.warps, pdl),
+        COUNTERS=len(work.counts), PDL=pdl, **launch_options(cut.warps, pdl),
     )  # fmt: skip
 
 

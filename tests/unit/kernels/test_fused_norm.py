@@ -47,6 +47,32 @@ def test_sums_parts_and_norms(width: int, dtype: torch.dtype) -> None:
 
 
 @in_interpreter
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_a_norm_left_to_the_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    limit = FP8_ERROR if dtype != torch.bfloat16 else 6e-3
+    weight, table = torch.rand(384), torch.randn(9, 384).bfloat16()
+    token_ids = torch.tensor([7, 0, 8], dtype=torch.int32)
+    for num_parts in (0, 4):
+        x, out, squares = torch.randn(3, 384) * 3, poisoned(3, 384, dtype), torch.full((3, 3), torch.nan)
+        x[0] *= 1e-6  # scales carry what the norm would have made of it
+        pairs = torch.randn(num_parts, 3, 384) * x.abs().mean(-1)[None, :, None]
+        expected = x + pairs.sum(0)
+        fused_norm.add_norm(x, pairs if num_parts else None, weight, EPS, out, squares=squares)
+        assert relative_error(x, expected) < 1e-6
+        assert relative_error(squares.sum(0), expected.square().sum(-1)) < 1e-6
+        inverse = (squares.sum(0) / 384 + EPS).rsqrt()
+        assert relative_error(quant.dequantise(out) * inverse[:, None], normed(expected, weight)) < limit
+    x, out = torch.full((3, 384), torch.nan), poisoned(3, 384, dtype)
+    fused_norm.embed_norm(token_ids, table, x, weight, EPS, out, squares=squares)
+    assert torch.equal(x, table[token_ids].float())
+    assert relative_error(squares.T, x.view(3, 3, 128).square().sum(-1)) < 1e-6
+    assert relative_error(quant.dequantise(out), x * weight) < limit
+    with pytest.raises(ValueError, match=r"squares must be \[3, 3\], got \[3, 2\]"):
+        fused_norm.add_norm(x, None, weight, EPS, out, squares=squares[:, :2])
+
+
+@in_interpreter
 def test_small_rows_count_the_epsilon() -> None:
     x, out = torch.full((1, 128), 1e-3), poisoned(1, 128, torch.bfloat16)
     fused_norm.add_norm(x, None, torch.ones(128), EPS, out)

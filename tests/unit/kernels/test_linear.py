@@ -59,6 +59,24 @@ def test_sums_are_added_to_what_is_there() -> None:
 
 
 @in_interpreter
+@pytest.mark.parametrize("chip", [CHIP, CHIP_WITHOUT_FP8], ids=lambda chip: chip.arch)
+def test_a_norm_that_was_left_out(chip: target.Target) -> None:
+    torch.manual_seed(7)
+    matrix, eps = weight(128, 384), 0.25
+    values = tiles.dequantise(matrix)
+    for size in (1, 17):
+        a = quant.quantise(torch.randn(size, 384), chip.fp8_dtype if chip.has_fp8_dot else torch.bfloat16)
+        squares, out = torch.rand(3, size) * 384, torch.full((size, 128), torch.nan)
+        linear.linear(a, matrix, out, chip, squares=squares, eps=eps)
+        inverse = (squares.sum(0) / 384 + eps).rsqrt()
+        wanted = linear.reference(quant.dequantise(a) * inverse[:, None], values)
+        assert error(out, wanted) < 1e-5, size
+    many = quant.quantise(torch.randn(129, 384))
+    with pytest.raises(ValueError, match="more than 128 tokens are not left"):
+        linear.linear(many, matrix, torch.empty(129, 128), CHIP, squares=torch.rand(3, 129))
+
+
+@in_interpreter
 def test_fp8_weights_are_widened_without_fp8_units() -> None:
     torch.manual_seed(2)
     matrix = weight(128, 256)
