@@ -123,7 +123,9 @@ class Event:
 
     def __init__(self, enable_timing: bool = False) -> None: ...
     def record(self) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        assert not ahead.only_compiles(), "what was never drawn is waited for"
+
     def elapsed_time(self, other: Event) -> float:
         return 2.0
 
