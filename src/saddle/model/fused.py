@@ -2,7 +2,7 @@
 
 A decode step is at most eight launches a layer, whatever the number of rows:
 
-    1 norm      x += the experts' pairs of the layer before; h = norm(x), quantised
+    1 norm      x += the experts' pairs of the layer before; h = norm(x), of few tokens but for 1 / rms, quantised
     2 qkv       h W_qkv
     3 attention QK-norm, rotary, write of K and V, attention over the paged context
     4 o         partial sums of attn W_o; of many tokens, x += attn W_o
@@ -272,13 +272,15 @@ class FusedMiniMaxM2:
         """Launch 1: the residual of layer `number`, and its norm."""
         weight, eps = self.weights.layers[number].input_norm, self.config.rms_norm_eps
         if number == 0:
-            fused_norm.embed_norm(inputs.token_ids, self.weights.embed, work.x, weight, eps, work.h, self.pdl)
+            fused_norm.embed_norm(inputs.token_ids, self.weights.embed, work.x, weight, eps, work.h, self.pdl,
+                                  work.norms)  # fmt: skip
         else:
-            fused_norm.add_norm(work.x, work.sums, weight, eps, work.h, self.pdl)
+            fused_norm.add_norm(work.x, work.sums, weight, eps, work.h, self.pdl, work.norms)
 
     def qkv(self, layer: PackedLayer, work: Buffers) -> None:
         """Launch 2."""
-        linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl, self.grouped.qkv)
+        linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl, self.grouped.qkv, squares=work.norms,
+                      eps=self.config.rms_norm_eps)  # fmt: skip
 
     def attention(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Launch 3; with prompts up to three launches."""

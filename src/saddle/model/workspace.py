@@ -45,6 +45,7 @@ class Buffers:
     active   [T * k, I]
     pairs    [T * k, H] float32 or bfloat16, weighted outputs of a token's experts
     sums     `pairs` as [k, T, H], as the next norm adds them
+    norms    [H / 128, T] float32, sums of squares of x, for the norm's factor that qkv takes over; None for many tokens
     """
 
     x: torch.Tensor
@@ -57,6 +58,7 @@ class Buffers:
     active: Activation
     pairs: torch.Tensor
     sums: torch.Tensor
+    norms: torch.Tensor | None
 
 
 class _Arena:
@@ -101,6 +103,7 @@ class Workspace:
             return quant.allocate(tokens, width, self._input_dtype(kind), device)
 
         self._x = torch.zeros(tokens, hidden, device=device)
+        self._norms = torch.zeros(hidden // quant.GROUP * min(tokens, linear.MAX_FEW_TOKENS), device=device)
         self._h = activation(hidden, kinds.qkv)
         same = self._input_dtype(kinds.qkv) == self._input_dtype(kinds.w13)
         self._h2 = self._h if same else activation(hidden, kinds.w13)
@@ -122,7 +125,7 @@ class Workspace:
     def num_bytes(self) -> int:
         shared = 0 if self._h2 is self._h else self._h2.num_bytes
         plain = sum(one.numel() * one.element_size() for one in
-                    (self._x, self._arena, self._pairs, self.hidden, self.logits))  # fmt: skip
+                    (self._x, self._norms, self._arena, self._pairs, self.hidden, self.logits))  # fmt: skip
         work = self.router.num_bytes + self.decode.num_bytes + self.prefill.num_bytes
         return plain + shared + self._h.num_bytes + self._attn.num_bytes + work
 
@@ -140,8 +143,11 @@ class Workspace:
         *_, qkv, q, o_parts, active, pairs = self._lay_out(num_tokens, self._arena, self._pairs)
         top_k = self._config.num_experts_per_tok
         sums = pairs.view(num_tokens, top_k, -1).transpose(0, 1)
+        norms = None
+        if num_tokens <= linear.MAX_FEW_TOKENS:
+            norms = self._norms[: self._config.hidden_size // quant.GROUP * num_tokens].view(-1, num_tokens)
         return Buffers(self._x[rows], self._h[rows], self._h2[rows], qkv, q, self._attn[rows], o_parts, active, pairs,
-                       sums)  # fmt: skip
+                       sums, norms)  # fmt: skip
 
     def _lay_out(
         self, tokens: int, memory: torch.Tensor | None, pair_memory: torch.Tensor | None
