@@ -26,6 +26,7 @@ from saddle.kernels.tile_dot import (
     Block,
     begin,
     check_activation,
+    check_rows,
     choose,
     few_product,
     fp8_scale,
@@ -306,6 +307,8 @@ def launch(
     capacity, a8 = work.lists.shape[1], h.scale is not None
     h_scales, act_scales = (h.scale, act.scale) if a8 else (h.data, act.data)  # bf16 has none: anything goes
     few: dict[str, bool] = {"ONE": num_tokens == 1} if work.takes_few(num_tokens) else {}
+    if few:
+        check_rows(down, w2)
     enqueue(
         _up_few_kernel if few else _up_many_kernel, (units * (w13.num_rows // up.bn), 1, 1), h.data, h_scales,
         *weight_tensors(w13, a8), *lists, act.data, act_scales, capacity, N=w13.num_rows, **matrix_constants(w13),

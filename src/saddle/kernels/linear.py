@@ -24,6 +24,7 @@ from saddle.kernels.tile_dot import (
     begin,
     bucket,
     check_activation,
+    check_rows,
     choose,
     few_product,
     launch_options,
@@ -197,6 +198,7 @@ def launch(
     constants = {"N": w.num_rows, **matrix_constants(w), "A8": a8, "BN": block.bn, "BM": block.bm, "BK": block.bk,
                  "STAGES": block.stages, "PDL": pdl, **launch_options(block.warps, pdl)}  # fmt: skip
     if num_tokens <= MAX_FEW_TOKENS:
+        check_rows(block, w)
         parts = 1 if out.dim() == 2 else out.shape[0]
         groups = 0 if squares is None else len(squares)
         enqueue(_few_kernel, (w.num_rows // block.bn, parts, 1), *tensors, squares, eps, num_tokens, SPLIT=parts,

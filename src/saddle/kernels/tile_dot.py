@@ -19,6 +19,7 @@ from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
 from saddle.kernels.tiles import Fp8Tiles, NibbleTiles, PackedMatrix, row_bytes
 
+SCALE_ROWS = 128  # rows of an FP8 weight that share their scales
 # Shared memory that a kernel uses beside its pipeline: reductions and layout changes.
 SPARE_SHARED_BYTES = 6 * 1024
 
@@ -299,6 +300,12 @@ def check_activation(a: Activation, w: PackedMatrix, target: Target) -> None:
         raise ValueError(f"A weight of {w.format} on {target.arch} takes activations of {form}, got {a.data.dtype}.")
     if a.data.shape[1] != w.num_cols:
         raise ValueError(f"A weight of {w.num_cols} columns takes as many, got {list(a.data.shape)}.")
+
+
+def check_rows(block: Block, w: PackedMatrix) -> None:
+    """Raise a ValueError if the rows of a product of few tokens would have more than one scale a step."""
+    if isinstance(w.format, Fp8Tiles) and not w.interleaved and SCALE_ROWS % block.bn:
+        raise ValueError(f"{SCALE_ROWS} rows of an FP8 weight share their scales, a tile cannot have {block.bn}.")
 
 
 def bucket(num_tokens: int) -> int:

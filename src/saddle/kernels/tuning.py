@@ -29,7 +29,7 @@ from saddle.kernels import experts, linear, quant, router, tiles
 from saddle.kernels.ahead import side_by_side
 from saddle.kernels.quant import Activation
 from saddle.kernels.target import Target
-from saddle.kernels.tile_dot import Block, block_key, bucket, fit, takes_fp8
+from saddle.kernels.tile_dot import SCALE_ROWS, Block, block_key, bucket, fit, takes_fp8
 from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix, TileFormat
 from saddle.version import VERSION
 
@@ -216,7 +216,8 @@ def _expert_cases(
     most_few = router.most_few_tokens(num_experts, top_k)
     # 256 rows of w1 and w3 share a scale of the activation, and both kernels take the router's units.
     ups = [dataclasses.replace(block, bn=up.bn, bm=up.bm) for block in _around(up)]
-    downs = [dataclasses.replace(block, bm=down.bm) for block in _around(down)]
+    most = SCALE_ROWS if few and isinstance(w2.format, Fp8Tiles) else 256
+    downs = [dataclasses.replace(block, bn=min(block.bn, most), bm=down.bm) for block in _around(down)]
     yield Case("up", num_tokens, w13, ups,
                lambda block: experts.launch(h, w13, w2, work, act, out, (block, down), 0), most_few)  # fmt: skip
     yield Case("down", num_tokens, w2, downs,

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="NO TRITON: kernels are not tested")
 
 from saddle.kernels import experts, nibbles, quant, router, target, tiles
+from saddle.kernels.tile_dot import Block
 from tests.support import exact_interpreter
 from tests.support.interpreted import IS_INTERPRETED, in_interpreter, outside, run_file
 
@@ -114,6 +115,9 @@ def test_refuses_what_does_not_fit() -> None:
     work = router.RouterWork.allocate(2, WIDTH, EXPERTS, TOP_K, "cpu")
     h, act = quant.quantise(torch.randn(2, WIDTH)), quant.quantise(torch.randn(4, INNER))
     w13, w2, out = weight(2 * INNER, WIDTH, True), weight(WIDTH, INNER), torch.empty(4, WIDTH)
+    blocks = experts.up_block(2, w13, CHIP, True), Block(256, 16, 64, 2, 8)
+    with pytest.raises(ValueError, match="128 rows of an FP8 weight share their scales, a tile cannot have 256"):
+        experts.launch(h, w13, w2, work, act, out, blocks, 0)
     with pytest.raises(ValueError, match="w1 and w3 interleaved"):
         experts.experts(h, weight(2 * INNER, WIDTH), w2, work, act, out, CHIP)
     with pytest.raises(ValueError, match=r"got w13 \[512, 128\] and w2 \[256, 128\]"):

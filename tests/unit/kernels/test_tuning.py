@@ -154,4 +154,6 @@ def test_cases_cover_every_weight(monkeypatch: pytest.MonkeyPatch) -> None:
             case.run(block)
             if case.kernel == "up":
                 assert block.bn == 256 and block.bm == router.unit_tokens(case.num_tokens, 16, 4)
+            elif case.num_tokens == 8 and isinstance(case.matrix.format, Fp8Tiles):
+                assert block.bn <= 128  # rows under one scale
     assert len(launched) == sum(len(case.candidates) for case in found)
