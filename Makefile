@@ -34,4 +34,5 @@ test-all: test fuzz test-clients
 check: install-test
 	$(BIN)/ruff check src tests scripts demo
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests demo
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
