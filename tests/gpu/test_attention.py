@@ -153,6 +153,28 @@ def test_wgmma_prefill(lens: list[int], new: list[int], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WGMMA_KINDS)
+@pytest.mark.parametrize(("lens", "new"), [
+    ([129], [129]), ([2048], [2048]), ([300, 128, 1000], [2, 128, 999]),
+], ids=str)  # fmt: skip
+def test_wgmma_factors(lens: list[int], new: list[int], kind: str) -> None:
+    """Queries of any size in wider rows, and what their scores are multiplied by: powers of two change no bit."""
+    for a8, splits in ((True, 1), (False, 1), (False, 2 if max(lens) < 200 else 1)):
+        case = make_case(lens, new, kind=kind, device="cuda", seed=len(lens))
+        q, kernel = queries(case), wgmma_for(case)
+        work = paged_prefill.PrefillWork.allocate(detect(), torch.device("cuda"))
+        factors = 2.0 ** torch.randint(-6, 7, (len(q),), device="cuda")
+        wide = torch.full((len(q), q.shape[1] + 2048), float("nan"), device="cuda", dtype=torch.bfloat16)
+        wide[:, : q.shape[1]] = q / factors[:, None]
+        outs = [new_out(case, a8) for _ in range(3)]
+        for out, own, by in zip(outs, (q, wide[:, : q.shape[1]], q), (None, factors, factors), strict=True):
+            paged_prefill.launch_wgmma(kernel, own, case.kv, case.block_tables, case.row_ids, case.query_starts,
+                                       case.context_lens, 0, len(lens), case.num_tokens, out, 0, work, splits,
+                                       by)  # fmt: skip
+        plain, scaled, wrong = (out.data.view(torch.uint8) for out in outs)
+        assert torch.equal(plain, scaled) and not torch.equal(plain, wrong)
+
+
+@pytest.mark.parametrize("kind", WGMMA_KINDS)
 @pytest.mark.parametrize("splits", [None, 2, 3, 7])
 @pytest.mark.parametrize(("lens", "new"), [([30000], [60]), ([9000, 64, 2000], [1, 64, 33])], ids=str)
 def test_wgmma_splits(lens: list[int], new: list[int], splits: int | None, kind: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from saddle.kernels import linear, quant, tiles
 from saddle.kernels.grouped import GroupedLinear
+from saddle.kernels.norm_rope import rotary_table
 from saddle.kernels.target import Target
 
 pytestmark = support.needs_gpu
@@ -112,3 +113,30 @@ def test_lm_head(vocab: int) -> None:
         out = support.poisoned(size, vocab)
         linear.lm_head(h, matrix, out, chip)
         assert support.error(out, h.float() @ values.T) < 1e-4, size
+
+
+@pytest.mark.skipif(not support.is_hopper(), reason="NO GPU OF sm_90: the wgmma kernels are not tested")
+@pytest.mark.parametrize(("heads", "kv_heads", "hidden"), [(48, 8, 3072), (12, 2, 256)])
+def test_queries_are_turned(heads: int, kv_heads: int, hidden: int) -> None:
+    """Queries times the gain of their norm and rotated, sums of squares; keys and values as without."""
+    matrix, chip = support.fp8_weight((heads + 2 * kv_heads) * 128, hidden), support.targets()[0]
+    values, width = tiles.dequantise(matrix).double(), heads * 128
+    kernels = GroupedLinear(matrix, chip, None, heads)
+    cos, sin = rotary_table(64, 5e6, 3000, torch.float32, torch.device("cuda"))
+    gain = torch.rand(width, device="cuda") + 0.5
+    for size in (1, 63, 65, 129, 1000, 4096):
+        a = support.activation(torch.randn(size, hidden, device="cuda") * 3, chip)
+        positions = torch.randint(0, 3000, (size,), device="cuda", dtype=torch.int32)
+        plain, out = (support.poisoned(size + 1, matrix.num_rows, dtype=torch.bfloat16) for _ in range(2))
+        squares = support.poisoned(size + 1, heads)
+        kernels(a, matrix, plain[:size])
+        kernels.turned(a, matrix, out[:size], gain, cos, sin, positions, squares[:size])
+        assert torch.equal(out[:size, width:], plain[:size, width:])
+        assert out[size].isnan().all() and squares[size].isnan().all()
+        raw = (quant.dequantise(a).double() @ values.T)[:, :width].view(size, heads, 128)
+        assert support.error(squares[:size], raw.square().sum(-1)) < FP8_ERROR
+        gained = raw * gain.double().view(heads, 128)
+        first, second, rest = gained[..., :32], gained[..., 32:64], gained[..., 64:]
+        turn, lift = (table.double()[positions.long()][:, None, :32] for table in (cos, sin))
+        wanted = torch.cat((first * turn - second * lift, second * turn + first * lift, rest), -1)
+        assert support.error(out[:size, :width].view(size, heads, 128), wanted) < BF16_ERROR, size

@@ -101,3 +101,28 @@ def test_qk_rope_write(num_tokens: int, kind: str) -> None:
         for memory in (before, after):
             memory[blocks, :, :, offsets] = 0
         assert torch.equal(before, after), "something else was written"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8_dynamic"])
+@pytest.mark.parametrize("num_tokens", [1, 64, 1000])
+def test_kv_write(num_tokens: int, kind: str) -> None:
+    """Behind turned queries: the same keys and values as with them, and 1 / rms."""
+    for heads, kv_heads in ((48, 8), (12, 2)):
+        cases = [make_case([num_tokens + 37, 0], [num_tokens, 0], heads=heads, kv_heads=kv_heads, kind=kind,
+                           device="cuda", seed=num_tokens) for _ in range(2)]  # fmt: skip
+        case, other = cases
+        q = torch.empty(case.num_tokens, heads * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        qk_rope.qk_rope_write(case.qkv, case.q_norm, case.k_norm, EPS, case.cos, case.sin, case.positions, case.slots,
+                              case.kv, q)  # fmt: skip
+        raw = torch.unflatten(other.qkv[:, : heads * HEAD_DIM].float(), -1, (heads, HEAD_DIM))
+        squares = raw.square().sum(-1)
+        factors = torch.full((case.num_tokens,), float("nan"), device="cuda")
+        other.qkv[:, : heads * HEAD_DIM] = float("nan")
+        qk_rope.kv_write(other.qkv, squares, other.k_norm, EPS, other.cos, other.sin, other.positions, other.slots,
+                         other.kv, factors)  # fmt: skip
+        # Sums over a token's heads are in another order: a number in thousands is rounded to the other side.
+        limit = 1e-4 if kind == "bf16" else 1e-2
+        for one, same in zip(*(read_tokens(kv, case.slots[:num_tokens]) for kv in (case.kv, other.kv)), strict=True):
+            assert relative_error(same, one) < limit
+        wanted = (squares.double().sum(-1) / (heads * HEAD_DIM) + EPS).rsqrt() * qk_rope.QUERY_SCALE
+        assert relative_error(factors[:num_tokens], wanted[:num_tokens]) < 1e-5

@@ -171,6 +171,9 @@ def _attention(kind: str, target: Target) -> None:
     qkv, q = empty(rows, QKV_WIDTH, dtype=torch.bfloat16), empty(rows, HEADS_WIDTH, dtype=torch.bfloat16)
     q_norm, k_norm, out = empty(HEADS_WIDTH), empty(8 * 128), activation(target, rows, HEADS_WIDTH)
     qk_rope.qk_rope_write(qkv, q_norm, k_norm, 1e-6, table, table, ids, empty(rows, dtype=torch.int64), kv, q, pdl)
+    if target.capability == 90:
+        qk_rope.kv_write(qkv, empty(rows, HEADS_WIDTH // 128), k_norm, 1e-6, table, table, ids,
+                         empty(rows, dtype=torch.int64), kv, empty(rows), pdl)  # fmt: skip
     work = paged_decode.DecodeWork.allocate(rows, 8, target, torch.device("meta"))
     paged_decode.plan_decode(ids, work, rows, pdl)
     paged_decode.decode_fused(qkv, q_norm, k_norm, 1e-6, table, table, kv, tables, ids, ids, work, rows, out, pdl)

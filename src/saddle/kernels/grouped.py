@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from saddle.kernels import nvrtc
+from saddle.kernels.paged_kv import HEAD_DIM
 from saddle.kernels.quant import Activation
 from saddle.kernels.router import RouterWork, most_few_tokens
 from saddle.kernels.target import Target
@@ -38,7 +39,8 @@ MIN_DENSE_TOKENS = 512
 TENSOR_MAP_BYTES = 128
 TYPE_UINT8, INTERLEAVE_NONE, SWIZZLE_128B, PROMOTION_256B, FILL_NONE = 0, 0, 3, 3, 0
 
-_POINTERS = ("packed", "input", "input_scales", "counts", "lists", "shares", "output", "output_scales", "queue")
+_POINTERS = ("packed", "input", "input_scales", "counts", "lists", "shares", "output", "output_scales", "queue",
+             "gain", "cos", "sin", "positions", "squares")  # fmt: skip
 
 
 class Params(ctypes.Structure):
@@ -48,7 +50,8 @@ class Params(ctypes.Structure):
         ("weights", ctypes.c_uint64 * (TENSOR_MAP_BYTES // 8)),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         ("capacity", ctypes.c_int),
-        ("padding", ctypes.c_int * 13),  # the map is aligned to 64 bytes, so the whole is a multiple of them
+        ("turned", ctypes.c_int),
+        ("padding", ctypes.c_int * 2),  # the map is aligned to 64 bytes, so the whole is a multiple of them
     ]
 
 
@@ -93,14 +96,15 @@ class _Kernels:
         self._kernels = {name: nvrtc.Kernel(cubin, name, STAGES * STAGE_BYTES + SPARE_BYTES) for name in names}
 
     def launch(
-        self, name: str, a: Activation, w: PackedMatrix, out: torch.Tensor, capacity: int, **others: torch.Tensor
-    ) -> None:
+        self, name: str, a: Activation, w: PackedMatrix, out: torch.Tensor, capacity: int, turned: int = 0,
+        **others: torch.Tensor,
+    ) -> None:  # fmt: skip
         """Launch on the current stream; others: further pointers of `Params`."""
         assert a.scale is not None
         at = w.data.data_ptr()
         if at not in self._maps:
             self._maps[at] = tensor_map(w)
-        params = Params(self._maps[at], at, a.data.data_ptr(), a.scale.data_ptr(), capacity=capacity)
+        params = Params(self._maps[at], at, a.data.data_ptr(), a.scale.data_ptr(), capacity=capacity, turned=turned)
         params.output, params.queue = out.data_ptr(), self._queue.data_ptr()
         for field, tensor in others.items():
             setattr(params, field, tensor.data_ptr())
@@ -146,14 +150,27 @@ class GroupedExperts:
 
 
 class GroupedLinear:
-    """y = x W^T for weights of one shape. Arguments and errors as `GroupedExperts`."""
+    """y = x W^T for weights of one shape. Arguments and errors as `GroupedExperts`, and
+        num_heads: query heads of 128 rows that a weight begins with; 0: it has none.
+    """  # fmt: skip
 
-    def __init__(self, w: PackedMatrix, target: Target, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self, w: PackedMatrix, target: Target, cache_dir: Path | None = None, num_heads: int = 0
+    ) -> None:
         why = unsupported(w, target)
         if why is not None:
             raise ValueError(f"The wgmma kernels do not run here: {why}.")
         shape = {"columns": w.num_cols, "rows": w.num_rows}
-        self.kernels = _Kernels("dense.cu", ("dense_bf16", "dense_f32", "dense_added"), shape, w, target, cache_dir)
+        names: tuple[str, ...] = ("dense_bf16", "dense_f32", "dense_added")
+        self.num_heads = num_heads
+        if self.turns:
+            names, shape = (*names, "dense_turned"), {**shape, "turned": 1}
+        self.kernels = _Kernels("dense.cu", names, shape, w, target, cache_dir)
+
+    @property
+    def turns(self) -> bool:
+        """Whether `turned` is there."""
+        return self.num_heads > 0 and self.num_heads * HEAD_DIM % ROWS == 0
 
     @staticmethod
     def pays(num_tokens: int) -> bool:
@@ -166,6 +183,15 @@ class GroupedLinear:
             raise ValueError(f"Sums are added to float32 alone, got {out.dtype}.")
         name = "dense_added" if add else "dense_bf16" if out.dtype == torch.bfloat16 else "dense_f32"
         self.kernels.launch(name, a, w, out, len(a.data))
+
+    def turned(
+        self, a: Activation, w: PackedMatrix, out: torch.Tensor, gain: torch.Tensor, cos: torch.Tensor,
+        sin: torch.Tensor, positions: torch.Tensor, squares: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """out [T, N] bf16 = a W^T, its queries multiplied by gain [heads * 128] and rotated, as
+        `qk_rope.qk_rope_write` does it but for 1 / rms; squares [T, heads] float32: sums of theirs, before the gain."""
+        self.kernels.launch("dense_turned", a, w, out, len(a.data), self.num_heads * HEAD_DIM // ROWS, gain=gain,
+                            cos=cos, sin=sin, positions=positions, squares=squares)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +218,10 @@ def prepare(
         try:
             with ThreadPoolExecutor(3) as pool:  # seconds each, and NVRTC lets go of Python's lock
                 experts = pool.submit(GroupedExperts, w13, w2, top_k, target, cache_dir)
-                dense = [pool.submit(GroupedLinear, w, target, cache_dir) if unsupported(w, target) is None else None
-                         for w in (qkv, o)]  # fmt: skip
+                dense = [
+                    pool.submit(GroupedLinear, w, target, cache_dir, heads) if unsupported(w, target) is None else None
+                    for w, heads in ((qkv, o.num_cols // HEAD_DIM), (o, 0))
+                ]
             found = Grouped(experts.result(), *(None if one is None else one.result() for one in dense))
             most_few = most_few_tokens(len(w13.data), top_k)
             sizes = f"experts of more than {most_few} tokens, projections from {MIN_DENSE_TOKENS} on"

@@ -345,6 +345,7 @@ def prefill(
     q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor, query_starts: torch.Tensor,
     context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int, out: Activation, target: Target,
     pdl: int = 0, work: PrefillWork | None = None, max_context: int = 0, wgmma: PromptAttention | None = None,
+    factors: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attend for the new tokens of the rows first_row to first_row + num_rows of a step.
 
@@ -356,6 +357,8 @@ def prefill(
         out: [T, heads * 128], see `Activation`; written for these rows' tokens.
         work, max_context: memory for splits and a bound on the rows' contexts; without them nothing is split.
         wgmma: the kernel that takes the place of Triton's, where there is one.
+        factors: [T] float32, by which a token's scores are multiplied, for wgmma alone; None: q has them. q may then
+            be part of wider rows.
     """
     if not _anything(num_rows, num_tokens):
         return
@@ -367,8 +370,10 @@ def prefill(
             turns = -(-max_context // wgmma.KEYS)
             splits = choose_splits(num_programs, turns, wgmma.num_blocks, len(work.partial), WGMMA_COSTS)
         launch_wgmma(wgmma, q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, num_tokens,
-                     out, pdl, work, splits)  # fmt: skip
+                     out, pdl, work, splits, factors)  # fmt: skip
         return
+    if factors is not None:
+        raise ValueError("Factors of scores are for the wgmma kernel alone.")
     tiles = prefill_tiles(target, kv.scale_kind)
     splits = 1
     if work is not None:
@@ -415,7 +420,7 @@ def launch(
 def launch_wgmma(
     wgmma: PromptAttention, q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor,
     query_starts: torch.Tensor, context_lens: torch.Tensor, first_row: int, num_rows: int, num_tokens: int,
-    out: Activation, pdl: int, work: PrefillWork | None = None, splits: int = 1,
+    out: Activation, pdl: int, work: PrefillWork | None = None, splits: int = 1, factors: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """`prefill` by the wgmma kernel, with splits of the caller's choice."""
     if not _anything(num_rows, num_tokens):
@@ -427,7 +432,7 @@ def launch_wgmma(
         raise ValueError(f"a step takes at most {wgmma.MAX_TILES} tiles of prompts, not {num_tiles}")
     partial, stats = _room(num_tiles * kv_heads, wgmma.LINES, splits, work)
     wgmma.attend(q, kv, block_tables, row_ids, query_starts, context_lens, first_row, num_rows, out, partial, stats,
-                 splits)  # fmt: skip
+                 splits, factors)  # fmt: skip
     if splits > 1:
         _combine(query_starts, first_row, num_rows, splits, partial, stats, out, kv_heads, group, wgmma.LINES,
                  num_tiles, pdl)  # fmt: skip

@@ -35,8 +35,8 @@ TYPE_UINT8, TYPE_BFLOAT16 = 0, 9
 INTERLEAVE_NONE, SWIZZLE_NONE, SWIZZLE_128B, PROMOTION_256B, FILL_NONE = 0, 0, 3, 3, 0
 
 _Map = ctypes.c_uint64 * (TENSOR_MAP_BYTES // 8)
-_POINTERS = ("block_tables", "row_ids", "query_starts", "context_lens", "output", "output_scales", "partial", "stats",
-             "queue")  # fmt: skip
+_POINTERS = ("query_factors", "block_tables", "row_ids", "query_starts", "context_lens", "output", "output_scales",
+             "partial", "stats", "queue")  # fmt: skip
 
 
 class Params(ctypes.Structure):
@@ -48,7 +48,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int) for name in ("table_stride", "first_row", "num_rows", "num_splits")),
         *((name, ctypes.c_float) for name in ("k_scale", "v_scale")),
-        ("padding", ctypes.c_int * 8),  # the maps are aligned to 64 bytes, so the whole is a multiple of them
+        ("padding", ctypes.c_int * 6),  # the maps are aligned to 64 bytes, so the whole is a multiple of them
     ]
 
 
@@ -130,7 +130,7 @@ class PromptAttention:
         self._num_heads, self.num_blocks = num_heads, target.num_sms
         self._queue = torch.zeros(2, dtype=torch.int32, device=kv.data.device)
         self._params: dict[int, Params] = {}
-        self._queries: dict[tuple[int, int], Any] = {}
+        self._queries: dict[tuple[int, int, int], Any] = {}
         fp8 = kv.scale_kind != UNSCALED
         options = compile_options(num_heads, kv.num_kv_heads, fp8)
         tag = f"{target.arch}-{VERSION}"
@@ -141,8 +141,9 @@ class PromptAttention:
         self, q: torch.Tensor, kv: KVLayer, block_tables: torch.Tensor, row_ids: torch.Tensor,
         query_starts: torch.Tensor, context_lens: torch.Tensor, first_row: int, num_rows: int, out: Activation,
         partial: torch.Tensor | None = None, stats: torch.Tensor | None = None, splits: int = 1,
+        factors: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Arguments as `paged_prefill.launch`; with splits > 1 partial results go to `partial` and `stats`."""
+        """Arguments as `paged_prefill.prefill`; with splits > 1 partial results go to `partial` and `stats`."""
         at = kv.data.data_ptr()
         params = self._params.get(at)
         if params is None:
@@ -151,6 +152,7 @@ class PromptAttention:
             params.queue = self._queue.data_ptr()
             params.k_scale, params.v_scale = kv.k_scale, kv.v_scale
         params.queries = self._queries_map(q, kv.num_kv_heads)
+        params.query_factors = None if factors is None else factors.data_ptr()
         params.block_tables, params.row_ids = block_tables.data_ptr(), row_ids.data_ptr()
         params.query_starts, params.context_lens = query_starts.data_ptr(), context_lens.data_ptr()
         params.output = out.data.data_ptr()
@@ -164,12 +166,12 @@ class PromptAttention:
 
     def _queries_map(self, q: torch.Tensor, kv_heads: int) -> Any:
         """The tensor map of a step's queries; those of a few numbers of tokens are kept."""
-        key = (q.data_ptr(), len(q))
+        key = (q.data_ptr(), len(q), q.stride(0))
         found = self._queries.get(key)
         if found is None:
             if len(self._queries) >= 64:
                 self._queries.clear()
-            group, token_bytes = self._num_heads // kv_heads, self._num_heads * HEAD_DIM * 2
+            group, token_bytes = self._num_heads // kv_heads, q.stride(0) * 2
             found = self._queries[key] = tensor_map(
                 TYPE_BFLOAT16, key[0], (HEAD_DIM, self._num_heads, len(q)), (HEAD_DIM * 2, token_bytes),
                 (HEAD_DIM // 2, group, LINES // group), SWIZZLE_128B,

@@ -24,6 +24,7 @@ from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer, swizzled
 from saddle.kernels.whole import next_power_of_2
 
 NUM_WARPS = 8
+KV_WARPS = 2
 # Scores are q k / sqrt(head_dim) and softmax is computed with exp2: both factors go into q.
 QUERY_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
 
@@ -67,6 +68,33 @@ def _store_kv(first, second, rest, kv, scales, block, offset, plane, heads, stat
 
 
 @triton.jit
+def _write_keys_and_values(
+    keys, k_norm, eps, cos, sin, slot, kv, scales, k_scale, v_scale, KV_HEADS: tl.constexpr, KV_HEADS_UP: tl.constexpr,
+    CHUNK: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Store what lies at `keys` of one token: keys of all heads, then values."""
+    if slot >= 0:
+        block = slot // 64
+        offset = (slot % 64).to(tl.int32)
+        kv_heads = tl.arange(0, KV_HEADS_UP)
+        k0 = _piece(keys, kv_heads, 0, 32, KV_HEADS)
+        k1 = _piece(keys, kv_heads, 32, 32, KV_HEADS)
+        k2 = _piece(keys, kv_heads, 64, 64, KV_HEADS)
+        kv_squares = tl.sum(k0 * k0 + k1 * k1, 1) + tl.sum(k2 * k2, 1)
+        kv_inverse = tl.rsqrt(tl.sum(kv_squares, 0) / (KV_HEADS * 128) + eps)
+        k0 *= _piece(k_norm, kv_heads, 0, 32, KV_HEADS) * kv_inverse
+        k1 *= _piece(k_norm, kv_heads, 32, 32, KV_HEADS) * kv_inverse
+        k2 *= _piece(k_norm, kv_heads, 64, 64, KV_HEADS) * kv_inverse
+        k0, k1 = _rotated(k0, k1, cos, sin)
+        _store_kv(k0, k1, k2, kv, scales, block, offset, 0, kv_heads, k_scale, KV_HEADS, CHUNK, SCALES)
+        values = keys + KV_HEADS * 128
+        v0 = _piece(values, kv_heads, 0, 32, KV_HEADS)
+        v1 = _piece(values, kv_heads, 32, 32, KV_HEADS)
+        v2 = _piece(values, kv_heads, 64, 64, KV_HEADS)
+        _store_kv(v0, v1, v2, kv, scales, block, offset, 1, kv_heads, v_scale, KV_HEADS, CHUNK, SCALES)
+
+
+@triton.jit
 def _qk_rope_kernel(
     qkv, q_norm, k_norm, eps, cos_table, sin_table, positions, slots, kv, scales, k_scale, v_scale, q_out, query_scale,
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_UP: tl.constexpr,
@@ -99,28 +127,35 @@ def _qk_rope_kernel(
         tl.store(target + pair[None, :], q0.to(q_out.dtype.element_ty), mask=mask)
         tl.store(target + 32 + pair[None, :], q1.to(q_out.dtype.element_ty), mask=mask)
         tl.store(target + 64 + tl.arange(0, 64)[None, :], q2.to(q_out.dtype.element_ty), mask=mask)
+        _write_keys_and_values(row + HEADS * 128, k_norm, eps, cos, sin, tl.load(slots + token), kv, scales, k_scale,
+                               v_scale, KV_HEADS, KV_HEADS_UP, CHUNK, SCALES)  # fmt: skip
+    if PDL == 2:
+        gdc_launch_dependents()
 
-        slot = tl.load(slots + token)
-        if slot >= 0:
-            block = slot // 64
-            offset = (slot % 64).to(tl.int32)
-            kv_heads = tl.arange(0, KV_HEADS_UP)
-            keys = row + HEADS * 128
-            k0 = _piece(keys, kv_heads, 0, 32, KV_HEADS)
-            k1 = _piece(keys, kv_heads, 32, 32, KV_HEADS)
-            k2 = _piece(keys, kv_heads, 64, 64, KV_HEADS)
-            kv_squares = tl.sum(k0 * k0 + k1 * k1, 1) + tl.sum(k2 * k2, 1)
-            kv_inverse = tl.rsqrt(tl.sum(kv_squares, 0) / (KV_HEADS * 128) + eps)
-            k0 *= _piece(k_norm, kv_heads, 0, 32, KV_HEADS) * kv_inverse
-            k1 *= _piece(k_norm, kv_heads, 32, 32, KV_HEADS) * kv_inverse
-            k2 *= _piece(k_norm, kv_heads, 64, 64, KV_HEADS) * kv_inverse
-            k0, k1 = _rotated(k0, k1, cos, sin)
-            _store_kv(k0, k1, k2, kv, scales, block, offset, 0, kv_heads, k_scale, KV_HEADS, CHUNK, SCALES)
-            values = keys + KV_HEADS * 128
-            v0 = _piece(values, kv_heads, 0, 32, KV_HEADS)
-            v1 = _piece(values, kv_heads, 32, 32, KV_HEADS)
-            v2 = _piece(values, kv_heads, 64, 64, KV_HEADS)
-            _store_kv(v0, v1, v2, kv, scales, block, offset, 1, kv_heads, v_scale, KV_HEADS, CHUNK, SCALES)
+
+@triton.jit
+def _kv_kernel(
+    qkv, squares, k_norm, eps, cos_table, sin_table, positions, slots, kv, scales, k_scale, v_scale, factors,
+    query_scale, HEADS: tl.constexpr, HEADS_UP: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_UP: tl.constexpr,
+    CHUNK: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_qk_rope_kernel` of a token whose queries the product before has turned."""
+    token = tl.program_id(0).to(tl.int64)
+    if PDL > 0:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+    heads = tl.arange(0, HEADS_UP)
+    square = tl.sum(tl.load(squares + token * HEADS + heads, mask=heads < HEADS, other=0.0), 0)
+    tl.store(factors + token, tl.rsqrt(square / (HEADS * 128) + eps) * query_scale)
+    position = tl.load(positions + token)
+    if position >= 0:
+        pair = tl.arange(0, 32)
+        cos = tl.load(cos_table + position.to(tl.int64) * 32 + pair)[None, :]
+        sin = tl.load(sin_table + position.to(tl.int64) * 32 + pair)[None, :]
+        keys = qkv + token * ((HEADS + 2 * KV_HEADS) * 128) + HEADS * 128
+        _write_keys_and_values(keys, k_norm, eps, cos, sin, tl.load(slots + token), kv, scales, k_scale, v_scale,
+                               KV_HEADS, KV_HEADS_UP, CHUNK, SCALES)  # fmt: skip
     if PDL == 2:
         gdc_launch_dependents()
 
@@ -150,4 +185,26 @@ def qk_rope_write(
         kv.k_scale, kv.v_scale, q_out, QUERY_SCALE, num_heads, next_power_of_2(num_heads), num_kv_heads,
         next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl,
         num_warps=NUM_WARPS if num_heads > 16 else 4, **options,
+    )  # fmt: skip
+
+
+def kv_write(
+    qkv: torch.Tensor, squares: torch.Tensor, k_norm: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, slots: torch.Tensor, kv: KVLayer, factors: torch.Tensor, pdl: int = 0,
+) -> None:  # fmt: skip
+    """What is left of `qk_rope_write` behind `grouped.GroupedLinear.turned`: keys, values, and the queries' 1 / rms.
+
+    Args: as `qk_rope_write`, and
+        squares: [T, heads] float32, sums of the queries' squares.
+        factors: [T] float32, written: what a token's scores are to be multiplied by, `QUERY_SCALE` included.
+    """
+    num_heads, num_kv_heads = squares.shape[1], k_norm.numel() // HEAD_DIM
+    if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * HEAD_DIM or num_kv_heads != kv.num_kv_heads:
+        raise ValueError(f"qkv has {qkv.shape[1]} columns for {num_heads} heads and {num_kv_heads} KV heads")
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    enqueue(
+        _kv_kernel, (qkv.shape[0], 1, 1), qkv, squares, k_norm, eps, cos, sin, positions, slots, kv.data, kv.scales,
+        kv.k_scale, kv.v_scale, factors, QUERY_SCALE, num_heads, next_power_of_2(num_heads), num_kv_heads,
+        next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl, num_warps=KV_WARPS,
+        **options,
     )  # fmt: skip

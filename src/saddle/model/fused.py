@@ -3,7 +3,7 @@
 A decode step is at most eight launches a layer, whatever the number of rows:
 
     1 norm      x += the experts' pairs of the layer before; h = norm(x), of few tokens but for 1 / rms, quantised
-    2 qkv       h W_qkv
+    2 qkv       h W_qkv; of many tokens of prompts, queries times the gain of their norm and rotated
     3 attention QK-norm, rotary, write of K and V, attention over the paged context
     4 o         partial sums of attn W_o; of many tokens, x += attn W_o
     5, 6 router x += the partial sums; scores, top-k, lists of tokens by expert; h2 = norm(x), quantised
@@ -62,6 +62,9 @@ ROTARY_DIM = 64
 # Programmatic dependent launch: the next kernel's programs may start early (1: after this one's wait; 2: before its
 # epilogue). Late is better for kernels of one or two programs a multiprocessor, which would lose their even spread.
 PDL_LATE = 2
+# From here on the product of qkv turns the queries of steps without decoding rows. Smaller steps may be graphs, which
+# serve any rows.
+MIN_TURNED_TOKENS = 1024
 
 
 class FusedMiniMaxM2:
@@ -224,7 +227,7 @@ class FusedMiniMaxM2:
         if inputs.num_decode_rows == len(inputs.row_ids):
             for number, (layer, layer_kv) in enumerate(layers):
                 self.norm(number, inputs, work)
-                self.qkv(layer, work)
+                self.qkv(layer, inputs, work)
                 self.attention(layer, layer_kv, inputs, work)
                 self._behind_attention(number, inputs, work)
         else:
@@ -250,7 +253,7 @@ class FusedMiniMaxM2:
         if number < len(kv.layers):
             layer = self.weights.layers[number]
             self.norm(number, inputs, work)
-            self.qkv(layer, work)
+            self.qkv(layer, inputs, work)
             self._rope(layer, kv.layers[number], inputs, work)
 
     def _behind_attention(self, number: int, inputs: DeviceInputs, work: Buffers) -> None:
@@ -277,10 +280,20 @@ class FusedMiniMaxM2:
         else:
             fused_norm.add_norm(work.x, work.sums, weight, eps, work.h, self.pdl, work.norms)
 
-    def qkv(self, layer: PackedLayer, work: Buffers) -> None:
+    def qkv(self, layer: PackedLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Launch 2."""
-        linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl, self.grouped.qkv, squares=work.norms,
-                      eps=self.config.rms_norm_eps)  # fmt: skip
+        if self._turns(inputs):
+            assert self.grouped.qkv is not None
+            self.grouped.qkv.turned(work.h, layer.qkv, work.qkv, layer.q_norm, self.cos, self.sin, inputs.positions,
+                                    work.squares)  # fmt: skip
+        else:
+            linear.linear(work.h, layer.qkv, work.qkv, self.target, self.pdl, self.grouped.qkv, squares=work.norms,
+                          eps=self.config.rms_norm_eps)  # fmt: skip
+
+    def _turns(self, inputs: DeviceInputs) -> bool:
+        """Whether the product of qkv turns the queries, and attention takes their 1 / rms as factors."""
+        wgmma = self.prompt_attention is not None and self.grouped.qkv is not None and self.grouped.qkv.turns
+        return wgmma and inputs.num_decode_rows == 0 and len(inputs.token_ids) >= MIN_TURNED_TOKENS
 
     def attention(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Launch 3; with prompts up to three launches."""
@@ -295,8 +308,13 @@ class FusedMiniMaxM2:
             self._attend(kv, inputs, work)
 
     def _rope(self, layer: PackedLayer, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
-        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, self.config.rms_norm_eps, self.cos, self.sin,
-                              inputs.positions, inputs.slots, kv, work.q, self.pdl)  # fmt: skip
+        eps = self.config.rms_norm_eps
+        if self._turns(inputs):
+            qk_rope.kv_write(work.qkv, work.squares, layer.k_norm, eps, self.cos, self.sin, inputs.positions,
+                             inputs.slots, kv, work.factors, self.pdl)  # fmt: skip
+            return
+        qk_rope.qk_rope_write(work.qkv, layer.q_norm, layer.k_norm, eps, self.cos, self.sin, inputs.positions,
+                              inputs.slots, kv, work.q, self.pdl)  # fmt: skip
 
     def _attend(self, kv: KVLayer, inputs: DeviceInputs, work: Buffers) -> None:
         """Attention of a step with prompts, behind QK-norm and rotary."""
@@ -304,10 +322,13 @@ class FusedMiniMaxM2:
         if decodes:
             paged_decode.decode(work.q, kv, inputs.block_tables, inputs.row_ids, inputs.context_lens,
                                 self.space.decode, decodes, work.attn, pdl)  # fmt: skip
+        q, factors = work.q, None
+        if self._turns(inputs):
+            q, factors = work.qkv[:, : self.config.q_width], work.factors
         paged_prefill.prefill(
-            work.q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
+            q, kv, inputs.block_tables, inputs.row_ids, inputs.query_starts, inputs.context_lens, decodes,
             num_rows - decodes, inputs.num_prompt_tokens, work.attn, self.target, pdl, self.space.prefill,
-            inputs.max_context_len, self.prompt_attention,
+            inputs.max_context_len, self.prompt_attention, factors,
         )  # fmt: skip
 
     def project(self, layer: PackedLayer, work: Buffers) -> None:

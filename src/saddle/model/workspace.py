@@ -3,7 +3,7 @@
     x              residual, the whole step
     h              normalised input of qkv, later that of w1 and w3
     attn           attention's output, input of the o projection
-    qkv, q, o_parts | active    two groups in one memory: the experts begin when the first group is dead
+    qkv, q, .., o_parts | active    two groups in one memory: the experts begin when the first group is dead
     pairs          the experts' outputs, until the next layer's norm adds them
     hidden, logits rows that sample
 
@@ -41,6 +41,7 @@ class Buffers:
     qkv      [T, q + 2 kv] bfloat16
     q        [T, q] bfloat16
     attn     [T, q]
+    squares, factors   [T, heads], [T] float32: of queries that the product of qkv has turned
     o_parts  [splits, T, H] float32; None for many tokens, whose product adds to x
     active   [T * k, I]
     pairs    [T * k, H] float32 or bfloat16, weighted outputs of a token's experts
@@ -54,6 +55,8 @@ class Buffers:
     qkv: torch.Tensor
     q: torch.Tensor
     attn: Activation
+    squares: torch.Tensor
+    factors: torch.Tensor
     o_parts: torch.Tensor | None
     active: Activation
     pairs: torch.Tensor
@@ -140,22 +143,27 @@ class Workspace:
 
     def _make_views(self, num_tokens: int) -> Buffers:
         rows = slice(0, num_tokens)
-        *_, qkv, q, o_parts, active, pairs = self._lay_out(num_tokens, self._arena, self._pairs)
+        *_, qkv, q, squares, factors, o_parts, active, pairs = self._lay_out(num_tokens, self._arena, self._pairs)
         top_k = self._config.num_experts_per_tok
         sums = pairs.view(num_tokens, top_k, -1).transpose(0, 1)
         norms = None
         if num_tokens <= linear.MAX_FEW_TOKENS:
             norms = self._norms[: self._config.hidden_size // quant.GROUP * num_tokens].view(-1, num_tokens)
-        return Buffers(self._x[rows], self._h[rows], self._h2[rows], qkv, q, self._attn[rows], o_parts, active, pairs,
-                       sums, norms)  # fmt: skip
+        return Buffers(self._x[rows], self._h[rows], self._h2[rows], qkv, q, self._attn[rows], squares, factors,
+                       o_parts, active, pairs, sums, norms)  # fmt: skip
 
     def _lay_out(
         self, tokens: int, memory: torch.Tensor | None, pair_memory: torch.Tensor | None
-    ) -> tuple[_Arena, _Arena, _Arena, torch.Tensor, torch.Tensor, torch.Tensor | None, Activation, torch.Tensor]:
+    ) -> tuple[
+        _Arena, _Arena, _Arena, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Activation,
+        torch.Tensor,
+    ]:  # fmt: skip
         """Both groups that share `memory`, and the pairs, laid out for a step."""
         config, first, second, third = self._config, _Arena(memory), _Arena(memory), _Arena(pair_memory)
         qkv = first.take((tokens, config.q_width + 2 * config.kv_width), torch.bfloat16)
         q = first.take((tokens, config.q_width), torch.bfloat16)
+        squares = first.take((tokens, config.num_heads), torch.float32)
+        factors = first.take((tokens,), torch.float32)
         o_parts = None
         if tokens <= linear.MAX_FEW_TOKENS:
             splits = linear.split_k(tokens, self._o, self._target)
@@ -168,7 +176,7 @@ class Workspace:
         active = Activation(second.take((pairs, width), kind), scale)
         dtype = experts.pair_dtype(tokens, config.num_experts, config.num_experts_per_tok)
         outputs = third.take((pairs, config.hidden_size), dtype)
-        return first, second, third, qkv, q, o_parts, active, outputs
+        return first, second, third, qkv, q, squares, factors, o_parts, active, outputs
 
     def _input_dtype(self, tile_format: TileFormat) -> torch.dtype:
         """What a matrix in these tiles multiplies: FP8 where weights and matrix units are, else bf16."""

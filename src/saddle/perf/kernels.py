@@ -132,7 +132,7 @@ class Bench:
         # How many layers, and the launches of layer n.
         runs: dict[str, tuple[int, Callable[[int], object]]] = {
             "norm": (every, lambda n: model.norm(n, inputs, work)),
-            "qkv": (every, lambda n: model.qkv(layers[n], work)),
+            "qkv": (every, lambda n: model.qkv(layers[n], inputs, work)),
             "attention": (every, lambda n: model.attention(layers[n], memory[n], inputs, work)),
             "o": (every, lambda n: model.project(layers[n], work)),
             "router": (every, lambda n: model.route(n, inputs, work)),

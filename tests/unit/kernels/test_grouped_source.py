@@ -3,6 +3,7 @@ parameters, and what they cannot serve is refused with the reason."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from typing import Any
 
@@ -27,8 +28,10 @@ def test_parameters_are_the_same_on_both_sides() -> None:
     body = re.search(r"struct Params {\n(.*?)\n};", SOURCES["grouped_work.cuh"], re.S)
     assert body is not None
     theirs = re.findall(r"^  (?:const )?(\w+)(\*)? (\w+);", body.group(1), re.M)
-    assert theirs[0] == ("TensorMap", "", "weights") and theirs[-1] == ("int", "", "capacity")
-    assert all(pointer for _, pointer, _ in theirs[1:-1])
+    assert theirs[0] == ("TensorMap", "", "weights")
+    assert theirs[-2:] == [("int", "", "capacity"), ("int", "", "turned")]
+    assert all(pointer for _, pointer, _ in theirs[1:-2])
+    assert ctypes.sizeof(grouped.Params) % 64 == 0
     assert [name for *_, name in theirs] == [name for name, *_ in grouped.Params._fields_ if name != "padding"]
 
 
@@ -66,8 +69,9 @@ def test_without_a_gpu_the_start_says_why() -> None:
         ("grouped.cu", {"hidden": 3072, "intermediate": 1536, "num_experts": 256, "top_k": 8}),
         ("grouped.cu", {"hidden": 256, "intermediate": 128, "num_experts": 16, "top_k": 4}),
         ("dense.cu", {"columns": 6144, "rows": 3072}),
+        ("dense.cu", {"columns": 3072, "rows": 8192, "turned": 1}),
     ],
-    ids=["m2", "demo", "dense"],
+    ids=["m2", "demo", "dense", "turned"],
 )
 def test_compiles(file: str, shape: dict[str, int]) -> None:
     try:

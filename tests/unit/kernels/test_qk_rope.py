@@ -40,6 +40,28 @@ def test_norm_rotation_and_write(kind: str, limit: float) -> None:
 
 
 @in_interpreter
+@pytest.mark.parametrize("kind", ["fp16", "fp8", "fp8_dynamic"])
+def test_keys_and_values_behind_turned_queries(kind: str) -> None:
+    cases = [make_case([70, 0, 3], [5, 0, 3], heads=6, kv_heads=2, kind=kind) for _ in range(2)]
+    case, other = cases
+    q = torch.full((case.num_tokens, 6 * HEAD_DIM), torch.nan, dtype=torch.float16)
+    qk_rope.qk_rope_write(case.qkv, case.q_norm, case.k_norm, EPS, case.cos, case.sin, case.positions, case.slots,
+                          case.kv, q)  # fmt: skip
+    squares = torch.unflatten(other.qkv[:, : 6 * HEAD_DIM].float(), -1, (6, HEAD_DIM)).square().sum(-1)
+    other.qkv[:, : 6 * HEAD_DIM] = torch.nan  # not read
+    factors = torch.full((case.num_tokens,), torch.nan)
+    qk_rope.kv_write(other.qkv, squares, other.k_norm, EPS, other.cos, other.sin, other.positions, other.slots,
+                     other.kv, factors)  # fmt: skip
+    assert torch.equal(case.kv.data.view(torch.uint8), other.kv.data.view(torch.uint8))
+    real = case.positions >= 0
+    wanted = (squares.sum(-1) / (6 * HEAD_DIM) + EPS).rsqrt() * qk_rope.QUERY_SCALE
+    assert relative_error(factors[real], wanted[real]) < 1e-5
+    with pytest.raises(ValueError, match="7 heads"):
+        qk_rope.kv_write(other.qkv, torch.zeros(8, 7), other.k_norm, EPS, other.cos, other.sin, other.positions,
+                         other.slots, other.kv, factors)  # fmt: skip
+
+
+@in_interpreter
 def test_tokens_without_a_slot_leave_memory_alone() -> None:
     case = make_case([4], [4], heads=2, kv_heads=1, kind="fp16")
     before = case.kv.data.view(torch.uint8).clone()

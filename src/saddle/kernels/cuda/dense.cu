@@ -11,3 +11,7 @@ typedef Shape<COLUMNS, ALL_ROWS, 1, 1, ADDED_F32> Added;
 KERNEL(dense_bf16, Bf16)
 KERNEL(dense_f32, F32)
 KERNEL(dense_added, Added)
+#ifdef SADDLE_TURNED  // of weights whose first rows are queries
+typedef Shape<COLUMNS, ALL_ROWS, 1, 1, TURNED_BF16> Turned;
+KERNEL(dense_turned, Turned)
+#endif

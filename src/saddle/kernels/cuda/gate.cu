@@ -164,17 +164,16 @@ DEVICE void consume(const Params& p, Shared* s, const Work& work, u32 ring, u32 
       if (step == STEPS - 1) mbarrier_arrive(shared_address(&s->x_empty[slot]));
 #pragma unroll
       for (int k = 0; k < 2; k++, product++) {
-        if (step == 0 && k == 0) {
+        if (step == 0 && k == 0 && __any_sync(~0u, rescale.x != 1.f || rescale.y != 1.f)) {
           wgmma_wait<0>();
           pin(sum);
-          if (rescale.x != 1.f || rescale.y != 1.f)
 #pragma unroll
-            for (int j = 0; j < SUMS; j++) sum[j] *= j % 4 < 2 ? rescale.x : rescale.y;
+          for (int j = 0; j < SUMS; j++) sum[j] *= j % 4 < 2 ? rescale.x : rescale.y;
+          pin(sum);
         }
-        if (product > 1 && !(step == 0 && k == 1)) {  // all but the newest product are done
-          if (!(step == 0 && k == 0)) wgmma_wait<1>();
+        if (product > 1) {  // all but the newest product are done
+          wgmma_wait<1>();
           mbarrier_arrive(shared_address(&s->part_empty[(product - 2) % PART_SLOTS]));
-          if (step == 0) mbarrier_arrive(shared_address(&s->part_empty[(product - 1) % PART_SLOTS]));
         }
         mbarrier_wait(shared_address(&s->part_full[product % PART_SLOTS]), (product / PART_SLOTS) & 1);
         const u64 gate = gate_operand(ring + product % PART_SLOTS * PART_BYTES);
@@ -221,19 +220,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) gate_route(const 
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  let_next_kernel_begin();
   const Work work = work_of(p);
   if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     const int warp = threadIdx.x / 32 - CONSUMERS / 32, lane = threadIdx.x % 32;
-    if (warp == 0) {
-      wait_for_last_kernel();
-      load_x(p, s, work, slots, lane);
-    }
+    if (warp == 0) load_x(p, s, work, slots, lane);
     if (warp == 1 && lane == 0) load_parts(p, s, work, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    wait_for_last_kernel();
     if (blockIdx.x == 0) clear_counts(p);
     consume(p, s, work, ring, slots);
     choose_experts(p, work);

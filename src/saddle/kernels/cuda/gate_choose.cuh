@@ -1,6 +1,6 @@
 // The choice: a token's experts by score + bias, their weights, and each expert's list of pairs (router.py says what
 // these are). Blocks that share 128 tokens wait for each other's sums and then take a part of the tokens each; a warp
-// takes four at a time, its lanes 8 adjacent experts each.
+// takes up to four at a time, its lanes 8 adjacent experts each.
 //
 // Contract: blocks that share tokens run at the same time (there are no more blocks than multiprocessors, or none
 // share), and block 0 begins no later than others end.
@@ -52,7 +52,8 @@ constexpr int at_least(int number) {
   return power;
 }
 constexpr int CHOICES = at_least(TOP_K);
-constexpr int BATCH = 4;  // tokens of a warp at once: lane CHOICES * token + choice has one of the results
+constexpr int WARPS = CONSUMERS / 32;
+constexpr int BATCH = 4;  // most tokens of a warp at once: lane CHOICES * token + choice has one of the results
 constexpr int OWN = 8;    // experts of a lane
 static_assert(BATCH * CHOICES <= 32, "a lane for each result");
 
@@ -94,12 +95,14 @@ DEVICE void score(const Params& p, int first, int count, int lane, const float (
   for (int j = 0; j < BATCH; j++)
 #pragma unroll
     for (int i = 0; i < OWN; i++) scores[j][i] = 0;
+  const float* from = p.logits + (size_t)first * EXPERTS + (real ? lane * OWN : 0);
+#pragma unroll 4  // loads of several blocks' sums are under way together
   for (int s = 0; s < p.splits; s++)
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
-      if (j >= count || !real) continue;
-      const float4* at = (const float4*)(p.logits + ((size_t)s * p.num_tokens + first + j) * EXPERTS + lane * OWN);
-      const float4 a = __ldcg(at), b = __ldcg(at + 1);
+      const float4* at = (const float4*)(from + ((size_t)s * p.num_tokens + j) * EXPERTS);
+      float4 a = make_float4(0, 0, 0, 0), b = a;
+      if (j < count) a = __ldcg(at), b = __ldcg(at + 1);
       const float v[OWN] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int i = 0; i < OWN; i++) scores[j][i] += v[i];
@@ -166,7 +169,8 @@ DEVICE void choose_batch(const Params& p, int first, int count, int lane, const 
       }
   } else {
 #pragma unroll
-    for (int j = 0; j < BATCH; j++) choose_top(scores[j], bias, lane, j * CHOICES, id, share);
+    for (int j = 0; j < BATCH; j++)
+      if (j < count) choose_top(scores[j], bias, lane, j * CHOICES, id, share);
   }
   float total = active ? share : 0;
 #pragma unroll
@@ -209,8 +213,9 @@ DEVICE void choose_experts(const Params& p, const Work& work) {
   }
   barrier_sync(1, CONSUMERS);
   const int begin = work.split * TOKENS / p.splits, end = min(work.tokens, (work.split + 1) * TOKENS / p.splits);
-  for (int first = begin + warp * BATCH; first < end; first += CONSUMERS / 32 * BATCH)
-    choose_batch(p, work.token + first, min(BATCH, end - first), lane, bias, factors);
+  const int batch = min(BATCH, max(1, (end - begin + WARPS - 1) / WARPS));
+  for (int first = begin + warp * batch; first < end; first += WARPS * batch)
+    choose_batch(p, work.token + first, min(batch, end - first), lane, bias, factors);
   barrier_sync(1, CONSUMERS);
   if (warp == 0) {  // the last block leaves zeros to the next launch
     int done = 0;

@@ -60,7 +60,7 @@ DEVICE void store_bf16(const Params& p, const Consumer& c, const Tile& tile, int
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const bool real = pairs[r] >= 0;
-    const float share = S::OUT == PLAIN_BF16 ? 1.f : real ? p.shares[pairs[r]] : 0.f;
+    const float share = S::OUT != SHARES_BF16 ? 1.f : real ? p.shares[pairs[r]] : 0.f;
     u16* to = (u16*)p.output + (size_t)pairs[r] * S::N + tile.block * ROWS + half * HALF + t * 8;
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
@@ -76,6 +76,50 @@ DEVICE void store_bf16(const Params& p, const Consumer& c, const Tile& tile, int
         if (real) *(uint4*)(to + h * HALF + q * 32) = make_uint4(w[0], w[1], w[2], w[3]);
       }
   }
+}
+
+// Queries: times the gain of their norm, and rotated; 1 / rms, of all of a token's heads, joins in attention. A half of
+// a tile is a head, its numbers i and i + 32 lie in one thread, four chunks apart. Keys and values as they are.
+template <class S, int HALVES>
+DEVICE void store_turned(const Params& p, const Consumer& c, const Tile& tile, int half, const int (&pairs)[2],
+                         float (&sum)[HALVES][64]) {
+  const int t = c.lane % 4;
+  if (tile.block < p.turned) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = max(pairs[r], 0), position = max(p.positions[row], 0);
+      float2 cos[4], sin[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        cos[j] = *(const float2*)(p.cos + (size_t)position * 32 + 8 * j + 2 * t);
+        sin[j] = *(const float2*)(p.sin + (size_t)position * 32 + 8 * j + 2 * t);
+      }
+#pragma unroll
+      for (int h = 0; h < HALVES; h++) {
+        const int head = tile.block * 2 + half + h;
+        const float* gain = p.gain + head * 128 + 2 * t;
+        float square = 0;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+          const float2 g = *(const float2*)(gain + 8 * j);
+          float* v = sum[h] + 4 * j + 2 * r;
+          square = fmaf(v[0], v[0], fmaf(v[1], v[1], square));
+          v[j % 2] *= g.x, v[1 - j % 2] *= g.y;
+        }
+        square = quad_sum(square);
+        if (t == 0 && pairs[r] >= 0) p.squares[(size_t)row * p.turned * 2 + head] = square;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            float &first = sum[h][4 * j + 2 * r + (e ^ j % 2)], &second = sum[h][4 * (j + 4) + 2 * r + (e ^ j % 2)];
+            const float a = first, b = second, co = e ? cos[j].y : cos[j].x, si = e ? sin[j].y : sin[j].x;
+            first = a * co - b * si, second = b * co + a * si;
+          }
+      }
+    }
+  }
+  store_bf16<S, HALVES>(p, c, tile, half, pairs, sum);
 }
 
 // ADDED_F32: on top of what is there. Nobody else adds to these numbers, so the order of sums is the same every time.

@@ -15,6 +15,7 @@ DEVICE void compute_tile(const Params& p, Consumer& c, Shared* s, u32 ring, cons
   multiply<S, HALVES>(p, c, s, ring, tile, slab, half, sum);
   if constexpr (S::OUT == SWIGLU_FP8) store_active<S, HALVES>(p, c, s, tile, half, pairs, sum);
   else if constexpr (S::OUT == PLAIN_F32 || S::OUT == ADDED_F32) store_f32<S, HALVES>(p, c, tile, half, pairs, sum);
+  else if constexpr (S::OUT == TURNED_BF16) store_turned<S, HALVES>(p, c, tile, half, pairs, sum);
   else store_bf16<S, HALVES>(p, c, tile, half, pairs, sum);
 }
 

@@ -42,7 +42,7 @@ constexpr int MAX_EXPERTS = BLOCK_THREADS;  // a thread counts one
 
 // One product: COLUMNS (k) of an input, and weights of ALL_ROWS rows. LISTED: an expert's list says which
 // pairs it has, a row of the input serves SHARE pairs; else there is one weight, for all rows.
-enum Output { SWIGLU_FP8, SHARES_BF16, PLAIN_BF16, PLAIN_F32, ADDED_F32 };
+enum Output { SWIGLU_FP8, SHARES_BF16, PLAIN_BF16, PLAIN_F32, ADDED_F32, TURNED_BF16 };
 template <int COLUMNS, int ALL_ROWS, int ALL_EXPERTS, int PAIRS_A_ROW, Output OUTPUT> struct Shape {
   static constexpr int K = COLUMNS;
   static constexpr int N = ALL_ROWS;

@@ -17,7 +17,13 @@ struct Params {
   void* output;               // up: [pairs][N / 2] E4M3; else [pairs][N] bf16 or float32
   float* output_scales;       // up: [pairs][N / 256]
   int* queue;                 // tiles claimed, blocks that are done; zeros between launches
+  const float* gain;          // [heads][128] of the norm over all queries (turned)
+  const float* cos;           // [positions][32]
+  const float* sin;
+  const int* positions;       // [rows]
+  float* squares;             // [rows][heads] sums over a head, before the gain
   int capacity;               // of a list; rows where there are no lists
+  int turned;                 // blocks of rows of the weight that are queries
 };
 
 struct alignas(16) Tile {

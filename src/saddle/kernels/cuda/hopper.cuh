@@ -17,12 +17,6 @@ DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0,%1
 // What this thread wrote into shared memory, and what it knows of, becomes visible to the copy engine and to wgmma.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- programmatic dependent launch: without effect where neither kernel was launched so
-// The kernel before has ended, and what it wrote is visible. Weights may be read before.
-DEVICE void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Blocks of the next kernel may take the places of those that end.
-DEVICE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // ---- numbers
 // Two E4M3 numbers (the low 16 bits) in float16.
 DEVICE u32 widen_e4m3(u32 pair) {

@@ -38,7 +38,7 @@ DEVICE void compute_turn(Shared* s, u32 memory, const Consumer& c, u32 queries, 
   pin(scores);
   release(&s->key_empty[stage], c.lane);
   if (MASKED) mask(scores, factors, seen);
-  weigh<MASKED || !FP8>(scores, factors, now, shrink);
+  weigh<MASKED>(scores, factors, now, shrink);
   wgmma_wait<0>();
   pin(result);
   pin(weights);
@@ -72,8 +72,11 @@ DEVICE void compute_tile(const Params& p, Shared* s, u32 memory, Consumer& c, co
     }
     int turn = tile.high - 1, seen[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++)
-      seen[r] = tile.position + min((line + 8 * r) / GROUP, tile.count - 1) + 1 - c.lane % 4 * 2 - turn * KEYS;
+    for (int r = 0; r < 2; r++) {
+      const int token = min((line + 8 * r) / GROUP, tile.count - 1);
+      if (p.query_factors != nullptr) factors[r] *= p.query_factors[tile.token + token];
+      seen[r] = tile.position + token + 1 - c.lane % 4 * 2 - turn * KEYS;
+    }
     u32 weights[KEYS / 4];
     {
       const int stage = c.turns % STAGES, parity = (c.turns / STAGES) & 1;

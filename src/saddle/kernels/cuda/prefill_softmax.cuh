@@ -13,13 +13,13 @@ struct Softmax {
 DEVICE void mask(float (&scores)[KEYS / 2], const float (&factors)[2], const int (&seen)[2]) {
 #pragma unroll
   for (int i = 0; i < KEYS / 2; i++) {
-    if (FP8) scores[i] *= factors[i / 2 % 2];
+    scores[i] *= factors[i / 2 % 2];
     if (i / 4 * 8 + i % 2 >= seen[i / 2 % 2]) scores[i] = UNSEEN;
   }
 }
 
 // Scores, times the factor of their line, become weights; returns in `shrink` what the results so far have to be
-// multiplied by. SCALED: the factors are in already; bf16 memory has none.
+// multiplied by. SCALED: the factors are in already.
 template <bool SCALED> DEVICE void weigh(float (&scores)[KEYS / 2], const float (&factors)[2], Softmax& now, float (&shrink)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {

@@ -9,6 +9,7 @@
 struct Params {
   TensorMap queries;        // [T][heads][128] bf16
   TensorMap memory;         // [block, k or v, kv head, token][128] bf16 or E4M3
+  const float* query_factors;  // [T], of scores, or null
   const int* block_tables;  // [rows of the engine][table_stride]
   const int* row_ids;       // [R]
   const int* query_starts;  // [R + 1]
