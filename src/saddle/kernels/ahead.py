@@ -2,6 +2,7 @@
 
 Inside `side_by_side` a launch compiles its kernel in a pool of threads and does not run it; launches of binaries that
 are compiled already (`nvrtc.Kernel`) do nothing. So a step that is enqueued there leaves what it would write as it is.
+At its end the kernels are loaded, in threads too: some versions of Triton call a C compiler for each signature then.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import contextlib
 import gc
 import inspect
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+import torch
 import triton
 
-_asked: set[Any] | None = None  # keys of the launches inside `side_by_side`; None outside of it
+# What was asked for inside `side_by_side`, by key, and on which device it is to run (-1: none); None outside of it.
+_asked: dict[Any, tuple[Any, int]] | None = None
 
 
 def only_compiles() -> bool:
@@ -24,13 +27,16 @@ def only_compiles() -> bool:
     return _asked is not None
 
 
-def is_new(key: Any) -> bool:
-    """Whether no launch of this key was asked for before, inside this `side_by_side`."""
+def ask(key: Any, compiling: Callable[[], Any], device: int) -> None:
+    """Compile what a launch needs, unless that was asked for before inside this `side_by_side`.
+
+    Args:
+        compiling: starts it, and gives what will be the kernel.
+        device: index of the GPU that the launch is for; -1: there is none here.
+    """
     assert _asked is not None
-    if key in _asked:
-        return False
-    _asked.add(key)
-    return True
+    if key not in _asked:
+        _asked[key] = compiling(), device
 
 
 @contextlib.contextmanager
@@ -43,12 +49,23 @@ def side_by_side() -> Iterator[bool]:
     if interprets or mode is None or "ignore_errors" not in inspect.signature(mode).parameters:
         yield False
         return
-    with _without_collecting(), ThreadPoolExecutor(os.cpu_count()) as pool, mode(pool, ignore_errors=True):
-        _asked = set()
-        try:
-            yield True
-        finally:
-            _asked = None
+    with _without_collecting(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        asked: dict[Any, tuple[Any, int]] = {}
+        with mode(pool, ignore_errors=True):
+            _asked = asked
+            try:
+                yield True
+            finally:
+                _asked = None
+        wait([pool.submit(_load, kernel, device) for kernel, device in asked.values() if device >= 0])
+
+
+def _load(made: Any, device: int) -> None:
+    """Load a kernel onto the GPU. One that fails does so again where it runs."""
+    kernel = made.kernel if hasattr(made, "future") else made  # None: it did not compile
+    if kernel is not None:
+        torch.cuda.set_device(device)  # of this thread
+        kernel.run  # noqa: B018  a property that loads it
 
 
 @contextlib.contextmanager

@@ -44,8 +44,7 @@ def enqueue(kernel: Any, grid: tuple[int, int, int], *args: Any, **constants: An
     inputs, kinds = _classify(args[:num_inputs])
     key = (id(kernel), device, *kinds, *args[num_inputs:], *constants, *constants.values())
     if ahead.only_compiles():
-        if ahead.is_new(key):
-            kernel.warmup(*args, grid=grid, **constants)
+        ahead.ask(key, lambda: kernel.warmup(*args, grid=grid, **constants), device)
         return
     found = _compiled.get(key)
     if found is not None and not triton.knobs.runtime.launch_enter_hook.calls:  # such hooks are told by Triton alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,36 @@ def test_each_kernel_is_compiled_once_and_none_runs() -> None:
     with ahead.side_by_side():  # another target may be the current one by now
         launching.enqueue(kernel, (1, 1, 1), x, 48, BLOCK=32)
     assert len(kernel.compiled) == len(wanted) + 1
+
+
+def test_kernels_of_a_gpu_are_loaded_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that compiled; those that were compiled before as well."""
+    class Compiled:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, b"binary"
+
+        @property
+        def run(self) -> None:
+            loaded[self.name] = threading.get_ident(), set_to.get(threading.get_ident())
+            if self.name == "too large":
+                raise RuntimeError("out of resource: shared memory")
+
+    class Future:
+        def __init__(self, kernel: Compiled | None) -> None:
+            self.future, self.kernel = None, kernel
+
+    loaded: dict[str, tuple[int, int | None]] = {}
+    set_to: dict[int, int] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: set_to.__setitem__(threading.get_ident(), device))
+    with ahead.side_by_side():
+        ahead.ask("a", lambda: Future(Compiled("future")), 1)
+        ahead.ask("b", lambda: Compiled("known"), 1)
+        ahead.ask("c", lambda: Future(None), 1)
+        ahead.ask("d", lambda: Compiled("elsewhere"), -1)
+        ahead.ask("e", lambda: Compiled("too large"), 1)
+        assert loaded == {}
+    assert loaded.keys() == {"future", "known", "too large"}
+    assert all(thread != threading.get_ident() and device == 1 for thread, device in loaded.values())
 
 
 def test_it_ends_where_something_raises() -> None:

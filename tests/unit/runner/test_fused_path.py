@@ -358,9 +358,9 @@ def test_what_is_compiled_ahead_leaves_rows_as_they_were(patched: None) -> None:
     @contextmanager
     def dropping_launches() -> Iterator[bool]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ahead, "_asked", set())
+            patch.setattr(ahead, "_asked", {})
             patch.setattr(launching, "_count", lambda kernel: 0)  # interpreted kernels do not say
-            patch.setattr(ahead, "is_new", lambda key: dropped.append(key) or False)
+            patch.setattr(ahead, "ask", lambda key, compiling, device: dropped.append(key))
             yield True
 
     dropped: list[object] = []
