@@ -1,4 +1,4 @@
-"""Compiling before anything runs, side by side: a first start has some eighty kernels to compile, half a second each.
+"""Compiling before anything runs, side by side: a first start has dozens of kernels to compile.
 
 Inside `side_by_side` a launch compiles its kernel in a pool of threads and does not run it; launches of binaries that
 are compiled already (`nvrtc.Kernel`) do nothing. So a step that is enqueued there leaves what it would write as it is.
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import triton
 
+# More would wait for Python's lock, and each needs memory while it compiles.
+MAX_THREADS = 32
 # What was asked for inside `side_by_side`, by key, and on which device it is to run (-1: none); None outside of it.
 _asked: dict[Any, tuple[Any, int]] | None = None
 
@@ -49,7 +51,7 @@ def side_by_side() -> Iterator[bool]:
     if interprets or mode is None or "ignore_errors" not in inspect.signature(mode).parameters:
         yield False
         return
-    with _without_collecting(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _without_collecting(), ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         asked: dict[Any, tuple[Any, int]] = {}
         with mode(pool, ignore_errors=True):
             _asked = asked
