@@ -35,7 +35,7 @@ DEMO = DecodeShape(256, 12, 2, 16, 4, 128, 1024, 4)
 # All of M2 but the number of layers and the vocabulary, which is cut for time.
 SHAPE = DecodeShape(3072, 48, 8, 256, 8, 1536, 32000, 2)
 NUM_BLOCKS, TABLE = MAX_ROWS * 132, 130
-LENGTHS = (1, 63, 64, 65, 2047, 8190, 17, 300, 16, 1025, 2, 128, 700, 15)
+LENGTHS = (1, 63, 64, 65, 2047, 8190, 17, 300, 16, 1025, 2, 128, 700, 15, 4097, 31, 5, 200, 999)
 # Error of the residual's update and of the logits: float16 activations, bf16 or FP8 queries and probabilities.
 LIMITS = {"bf16": 6e-3, "fp8": 1.2e-2, "fp8_dynamic": 1.2e-2}
 NOT_HERE = unsupported(target.detect(), SHAPE) if torch.cuda.is_available() else "NO GPU"
@@ -165,31 +165,34 @@ def _compare_kv(
         assert {(int(b), int(t)) for b, t in where} <= {(int(s) // BLOCK_SIZE, int(s) % BLOCK_SIZE) for s in slots}
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
+@pytest.mark.parametrize("rows", list(range(1, MAX_ROWS + 1)))
 @pytest.mark.parametrize("stages", [ATTENTION, EXPERTS, ALL_STAGES])
 def test_rows(case: Case, rows: int, stages: int) -> None:
     run(case, [2048] * rows, stages, 1 if stages == EXPERTS else 2)
 
 
-@pytest.mark.parametrize("rows", [8, 11, 12])
+@pytest.mark.parametrize("rows", [8, 11, 12, 15, 16])
 def test_all_rows_choose_the_same_experts(case: Case, rows: int) -> None:
     run(case, [1] * rows, EXPERTS, 1, same_token=True)
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 2047, 8190])
-@pytest.mark.parametrize("rows", [1, 8, 12])
+@pytest.mark.parametrize("rows", [1, 8, 12, 16])
 def test_contexts(case: Case, rows: int, length: int) -> None:
     run(case, [length] * rows, ATTENTION, 1)
 
 
-@pytest.mark.parametrize("rows", [2, 3, 5, 8, 11, 12])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 11, 12, 13, 16])
 def test_unequal_contexts(case: Case, rows: int) -> None:
     run(case, list(LENGTHS[:rows]), ALL_STAGES, 2)
     run(case, [8190, *[1] * (rows - 1)], ATTENTION, 1)
     run(case, [*[1] * (rows - 1), 8190], ATTENTION, 1)
 
 
-@pytest.mark.parametrize(("rows", "padding"), [(1, 1), (3, 1), (5, 3), (1, 7), (9, 3), (11, 1), (1, 11)])
+PADDED = [(1, 1), (3, 1), (5, 3), (1, 7), (9, 3), (11, 1), (1, 11), (13, 3), (1, 15)]  # rows, padding
+
+
+@pytest.mark.parametrize(("rows", "padding"), PADDED)
 def test_padding(case: Case, rows: int, padding: int) -> None:
     run(case, list(LENGTHS[3 : 3 + rows]), ALL_STAGES, 2, padding)
 
@@ -205,6 +208,19 @@ def test_uniform_routing(case: Case) -> None:
     wanted = reference.decode(case.model, SHAPE, case.reference_kv(), tokens, context, tables, uniform=True)
     assert wanted.logits is not None
     assert error(logits, wanted.logits) < LIMITS["fp8" if case.kv[0].scale_kind else "bf16"]
+
+
+def test_scales_of_values_far_apart(case: Case) -> None:
+    """Probabilities times scales are float16 in parts of the largest scale so far, which comes late or early."""
+    if case.first_scales is None:
+        pytest.skip("only dynamic FP8 has scales")
+    kept = case.first_scales[:, :, 1].clone()
+    try:
+        case.first_scales[:, :, 1] = 10 ** (torch.rand(kept.shape, device="cuda") * 6 - 4)
+        for lengths in ([300], [2047, 64, 1, 1025]):
+            run(case, lengths, ATTENTION, 1)
+    finally:
+        case.first_scales[:, :, 1] = kept
 
 
 def test_one_wrong_rotary_pair_is_seen(case: Case) -> None:
@@ -296,7 +312,7 @@ def check_demo(kernel: PersistentDecode, model: PackedModel, kv: list[KVLayer], 
 
 def test_demo_shape() -> None:
     kernel, model, kv = demo_kernel(5)
-    for rows in (1, 2, 3, 8, 9, 12):
+    for rows in (1, 2, 3, 4, 8, 9, 12, 13, 16):
         check_demo(kernel, model, kv, rows, LIMITS["bf16"])
 
 

@@ -1,4 +1,4 @@
-"""The persistent decode kernel: one launch a step of up to 12 rows, from token ids to logits. GPUs of sm_90 only.
+"""The persistent decode kernel: one launch a step of up to 16 rows, from token ids to logits. GPUs of sm_90 only.
 
 The kernel is CUDA C++ (`cuda/persistent.cu` and one header a stage). This file says what it supports, compiles it for
 the model's shape, and launches it. Its math is that of `model/m2.py`; activations are float16 where the other GPU path
@@ -25,9 +25,9 @@ from saddle.kernels.target import Target
 from saddle.kernels.tiles import Bf16Tiles, Fp8Tiles, PackedMatrix
 from saddle.version import VERSION
 
-MAX_ROWS = 12
+MAX_ROWS = 16
 ROTARY_DIM = 64
-VARIANTS = (1, 2, 4, 8, 12)  # rows that a binary is compiled for
+VARIANTS = (1, 2, 4, 8, 12, 16)  # rows that a binary is compiled for
 # As shapes.cuh.
 GROUP = 6
 SPLITS = 16
@@ -111,6 +111,7 @@ def unsupported(target: Target, shape: DecodeShape, model: Model | None = None) 
         (shape.hidden % 128 == 0 and shape.hidden <= 3072, f"hidden size {shape.hidden} is no multiple of 128 <= 3072"),
         (shape.num_heads == GROUP * shape.num_kv_heads, f"{GROUP} query heads a KV head are needed"),
         (shape.num_kv_heads * SPLITS <= target.num_sms, f"more than {target.num_sms // SPLITS} KV heads"),
+        (target.num_sms % 2 == 0, f"{target.num_sms} multiprocessors do not make pairs"),
         (
             shape.num_experts % 8 == 0 and shape.num_experts // CTAS_FOR_ROUTER <= target.num_sms <= 256,
             f"{shape.num_experts} experts do not spread over {target.num_sms} multiprocessors",
@@ -191,7 +192,7 @@ class PersistentDecode:
     Args:
         model: FP8 tiles; kept, and must not move.
         kv: one entry a layer, adjacent in memory in the order of layers.
-        max_rows: most rows of a step, at most 12.
+        max_rows: most rows of a step, at most 16.
         cache_dir: where compiled binaries are kept; None: nowhere.
         uniform_routing: experts are a hash of layer, position and token; for timing with dummy weights.
         wait_seconds: a step that still waits for something after this time has failed and ends with a CUDA error.

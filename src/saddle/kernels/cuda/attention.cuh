@@ -22,6 +22,7 @@ DEVICE bool segment_of(const Shared* shared, int row, int split, Segment& s) {
 // Flash attention of one warp: running maximum, total and output of lane 4 g + t's query head g.
 struct Flash {
   float maximum = -1e30f, total = 0;
+  float reference = 0;  // of dynamic FP8: the largest scale of values so far, in which `out` counts
   float out[HEAD_DIM / 8][4];  // of an mma's columns: which dims, says `out_dim`
 };
 // Dim of out[i][j], j = 0 or 1, in lane t of a quad. FP8 values come as pairs of dims, even ones first.
@@ -31,7 +32,7 @@ DEVICE int out_dim(int i, int j, int t) {
 
 struct Unit {
   u32 keys, values;  // addresses
-  u32 scales;  // of dynamic FP8: 16 of keys, 16 of values
+  u32 key_scales, value_scales;  // of dynamic FP8
   int valid;  // tokens
 };
 
@@ -95,7 +96,8 @@ DEVICE void unit_scores(const Consumer& c, const u32* query, const Unit& unit, f
 // out += p v. Values of masked tokens are cut out: whatever lies in memory behind a context, 0 x NaN would be NaN.
 DEVICE void unit_values(const Consumer& c, const Unit& unit, const float* p, Flash& f) {
   const int row = c.lane & 7, matrix = c.lane >> 3, t = c.lane & 3;
-  const u32 p_low = pack_bf16(p[0], p[1]), p_high = pack_bf16(p[2], p[3]);
+  constexpr bool BF16 = KV_FORMAT == KV_BF16;
+  const u32 p_low = BF16 ? pack_bf16(p[0], p[1]) : pack_f16(p[0], p[1]), p_high = BF16 ? pack_bf16(p[2], p[3]) : pack_f16(p[2], p[3]);
   const u32 keep_low = (2 * t < unit.valid ? 0xffffu : 0) | (2 * t + 1 < unit.valid ? 0xffff0000u : 0);
   const u32 keep_high = (2 * t + 8 < unit.valid ? 0xffffu : 0) | (2 * t + 9 < unit.valid ? 0xffff0000u : 0);
   const u32 token = unit.values + (row + (matrix & 1) * 8) * TOKEN_BYTES;
@@ -117,8 +119,8 @@ DEVICE void unit_values(const Consumer& c, const Unit& unit, const float* p, Fla
         u32 even_low, odd_low, even_high, odd_high;
         e4m3_to_f16(permute_bytes(v[2 * j], 0, 0x3120), even_low, odd_low);
         e4m3_to_f16(permute_bytes(v[2 * j + 1], 0, 0x3120), even_high, odd_high);
-        mma_bf16(f.out[2 * (i + j)], p_low, 0, p_high, 0, f16_to_bf16(even_low) & keep_low, f16_to_bf16(even_high) & keep_high);
-        mma_bf16(f.out[2 * (i + j) + 1], p_low, 0, p_high, 0, f16_to_bf16(odd_low) & keep_low, f16_to_bf16(odd_high) & keep_high);
+        mma_f16(f.out[2 * (i + j)], p_low, 0, p_high, 0, even_low & keep_low, even_high & keep_high);
+        mma_f16(f.out[2 * (i + j) + 1], p_low, 0, p_high, 0, odd_low & keep_low, odd_high & keep_high);
       }
     }
   }
@@ -131,25 +133,35 @@ DEVICE void attend_unit(const Consumer& c, const u32* query, const Unit& unit, F
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     const int token = 2 * t + (j & 1) + (j >> 1) * 8;
-    if (KV_FORMAT == KV_FP8_DYNAMIC) s[j] *= lds_f32(unit.scales + token * 4);
+    if (KV_FORMAT == KV_FP8_DYNAMIC) s[j] *= lds_f32(unit.key_scales + token * 4);
     if (token >= unit.valid) s[j] = -1e30f;
   }
   float maximum = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
   maximum = fmaxf(fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2)), f.maximum);
-  const float shrink = exp2_fast(f.maximum - maximum);
+  float shrink = exp2_fast(f.maximum - maximum);
   f.maximum = maximum;
-  float sum = 0;
+  float sum = 0, scale[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     const int token = 2 * t + (j & 1) + (j >> 1) * 8;
     s[j] = token < unit.valid ? exp2_fast(s[j] - maximum) : 0.f;
     sum += s[j];
-    if (KV_FORMAT == KV_FP8_DYNAMIC && token < unit.valid) s[j] *= lds_f32(unit.scales + (UNIT_TOKENS + token) * 4);
+    if (KV_FORMAT == KV_FP8_DYNAMIC) scale[j] = token < unit.valid ? lds_f32(unit.value_scales + token * 4) : 0.f;
   }
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);
   f.total = f.total * shrink + sum;
+  if (KV_FORMAT == KV_FP8_DYNAMIC) {  // in parts of the largest scale, probabilities times scales fit f16
+    float largest = fmaxf(fmaxf(scale[0], scale[1]), fmaxf(scale[2], scale[3]));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(fmaxf(largest, __shfl_xor_sync(~0u, largest, 2)), f.reference);
+    const float part = 1.f / largest;
+    shrink *= f.reference * part;
+    f.reference = largest;
+#pragma unroll
+    for (int j = 0; j < 4; j++) s[j] *= scale[j] * part;
+  }
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 8; i++) {
     f.out[i][0] *= shrink;
@@ -167,16 +179,17 @@ DEVICE void attend_segment(Consumer& c, const Segment& s, Flash& f) {
     const Slot slot = next_slot(c);
     const int count = min(SLOT_UNITS, s.loaded - first);
     for (int j = 0; j < count; j++) {
-      if (((first + j) & (ATTENTION_WARPS - 1)) != c.warp) continue;
+      if ((first + j) % ATTENTION_WARPS != c.warp) continue;
       const Unit unit{slot.at + j * UNIT_BYTES, slot.at + SLOT_VALUES_AT + j * UNIT_BYTES,
-                      slot.at + SLOT_SCALES_AT + j * 2 * UNIT_SCALE_BYTES,
+                      slot.at + SLOT_SCALES_AT + j * UNIT_SCALE_BYTES, slot.at + SLOT_SCALES_AT + (SLOT_UNITS + j) * UNIT_SCALE_BYTES,
                       min(UNIT_TOKENS, old_tokens - (s.begin + first + j) * UNIT_TOKENS)};
       attend_unit(c, query, unit, f);
     }
     release(c, slot);
   }
-  if (s.ends && (s.loaded & (ATTENTION_WARPS - 1)) == c.warp) {
-    attend_unit(c, query, Unit{c.act, c.act + UNIT_BYTES, shared_address(c.shared->new_scales), 1}, f);
+  if (s.ends && s.loaded % ATTENTION_WARPS == c.warp) {
+    const u32 scales = shared_address(c.shared->new_scales);
+    attend_unit(c, query, Unit{c.act, c.act + UNIT_BYTES, scales, scales + UNIT_TOKENS * 4, 1}, f);
   }
 }
 
@@ -209,6 +222,12 @@ DEVICE void attend(Consumer& c, int layer, const Segment& s) {
   attend_segment(c, s, f);
   consumers_sync();  // the new unit has been read
   const int g = c.lane >> 2, t = c.lane & 3;
+  if (KV_FORMAT == KV_FP8_DYNAMIC) {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; i++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) f.out[i][j] *= f.reference;
+  }
   if (c.warp < ATTENTION_WARPS && g < GROUP) {
     if (t == 0) {
       sts32(c.act + WARP_MAX_AT + (c.warp * GROUP + g) * 4, __float_as_uint(f.maximum));

@@ -5,7 +5,7 @@
 
 DEVICE void load_attention(Consumer& c, int part) {
   constexpr int WORDS = O_WIDTH / 2, EACH = (WORDS / 2 + NUM_THREADS - 1) / NUM_THREADS;  // two words a load
-  constexpr int ROWS = MAX_ROWS < 4 ? MAX_ROWS : MAX_ROWS <= 8 ? 4 : 6;  // polled together
+  constexpr int ROWS = MAX_ROWS < 4 ? MAX_ROWS : MAX_ROWS == 12 ? 6 : MAX_ROWS == 16 ? 8 : 4;  // polled together
 #pragma unroll
   for (int first = 0; first < MAX_ROWS; first += ROWS) {
     u64 word[ROWS][EACH][2];
@@ -40,20 +40,22 @@ DEVICE void load_attention(Consumer& c, int part) {
 }
 
 DEVICE void output_stage(Consumer& c) {
-  constexpr int TILES = HIDDEN / TILE_ROWS;
-  int loaded = -1;
-  for_tiles(c, [&](int tile, Slot first) {
-    const int part = tile / TILES;
-    if (part != loaded) load_attention(c, part);
-    loaded = part;
-    Sums<COLUMN_GROUPS> sum = all_rows(c);
-    multiply_tile<OutputShape, O_SLOTS>(c, first, c.act, sum);
-    if (!reduce_tile(c, sum)) return;
-    const int column = (tile - part * TILES) * TILE_ROWS + (c.lane >> 2);
-    for_columns(c, sum, [&](int row, float upper, float lower) {
-      if (!((c.rows >> row) & 1)) return;
-      add_residual(c, row, column, upper);
-      add_residual(c, row, column + 8, lower);
-    });
-  });
+  typedef Inputs<OutputShape, O_SLOTS, COLUMN_GROUPS> Part;
+  for_runs(
+      c, HIDDEN / TILE_ROWS,
+      [&](int part) {
+        load_attention(c, part);
+        return Part(c, c.act, all_rows(c));
+      },
+      [&](const Part& inputs, int part, int tile, Slot first) {
+        float of[COLUMN_GROUPS][4] = {};
+        multiply_tile(c, first, inputs, of);
+        if (reduce<COLUMN_GROUPS, true>(c, of) < 0) return;
+        const int column = tile * TILE_ROWS + (c.lane >> 2);
+        for_columns<COLUMN_GROUPS>(c, of, [&](int row, float upper, float lower) {
+          if (!((c.rows >> row) & 1)) return;
+          add_residual(c, row, column, upper);
+          add_residual(c, row, column + 8, lower);
+        });
+      });
 }

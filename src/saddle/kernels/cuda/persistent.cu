@@ -115,6 +115,7 @@ DEVICE void run_layer(Consumer& c, int l) {
 
 // The last multiprocessor to come here sets everything that a launch counts back for the next one.
 DEVICE void end_step(Consumer& c) {
+  if (NORM_SHARE > 1) cluster_sync();  // the other one may still copy from here
   consumers_sync();
   if (c.thread == 0) c.shared->last_cta = fetch_add_acq_rel(c.p.sync + SYNC_DONE, 1) == NUM_CTAS - 1;
   consumers_sync();
@@ -126,7 +127,8 @@ DEVICE void end_step(Consumer& c) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode(const __grid_constant__ Params p) {
+extern "C" __global__ void __cluster_dims__(NORM_SHARE, 1, 1) __launch_bounds__(BLOCK_THREADS, 1)
+    persistent_decode(const __grid_constant__ Params p) {
   const u32 ring = shared_address(block_memory), act = ring + RING_SLOTS * RING_SLOT_BYTES;
   Shared* shared = shared_of_block();
   if (threadIdx.x == 0) {
@@ -136,16 +138,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) persistent_decode
     }
     mbarrier_init(shared_address(&shared->routed), 32);
     mbarrier_init(shared_address(&shared->rows_known), NUM_THREADS);
+    mbarrier_init(shared_address(&shared->normed), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     shared->started = global_nanoseconds();
     shared->step_limit = p.step_limit;
     shared->error = p.error;
   }
   __syncthreads();
+  if (NORM_SHARE > 1) cluster_sync();  // the other one's copies complete a barrier that is set
   if (threadIdx.x >= NUM_THREADS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (threadIdx.x == NUM_THREADS) {
-      Producer d{p, shared, ring, evict_first_policy()};
+      Producer d{p, shared, ring, evict_first_policy(), evict_last_policy()};
       produce(d);
     }
   } else {

@@ -12,13 +12,15 @@ struct Producer {
   const Params& p;
   Shared* shared;
   u32 ring;
-  u64 policy;
+  u64 policy, keep_policy;  // of what is read once; of what is fetched ahead
   int slot = 0;
   u32 parity = 0;
   int window = 1;
   // The last three slots issued, slot | parity << 8, the newest first; -1: none.
   int issued0 = -1, issued1 = -1, issued2 = -1;
 };
+
+constexpr int TURN = 31;  // rotations differ from layer to layer
 
 // The next slot, once it is empty and no more than the window is on the way.
 DEVICE int take_slot(Producer& d) {
@@ -43,18 +45,22 @@ DEVICE void send(Producer& d, const u8* from, u32 bytes, int code) {
   bulk_copy(d.ring + slot * RING_SLOT_BYTES, from, bytes, full, d.policy);
 }
 
-// A stage of `tiles` tiles of `slots` slots: first this multiprocessor's share of the static part, then tiles claimed
-// from a counter, two claims ahead. address(tile) is that of its first slot.
+// The next two tiles that are claimed from a counter, as places in the claimed part of a stage.
+struct Claims {
+  u32* counter;
+  int next, after;
+};
+DEVICE Claims claim(u32* counter) { return {counter, (int)atomicAdd(counter, 1u), (int)atomicAdd(counter, 1u)}; }
+DEVICE Claims no_claims() { return {nullptr, 0, 0}; }
+
+// A stage of `tiles` tiles of `slots` slots: first this multiprocessor's share of the static part, then claimed tiles.
+// address(tile) is that of its first slot.
 template <class Address>
-DEVICE void send_tiles(Producer& d, int tiles, int rotation, int claimed, int slots, u32 bytes, u32* counter, Address address) {
+DEVICE void send_tiles(Producer& d, int tiles, int rotation, int claimed, int slots, u32 bytes, const Claims& claims, Address address) {
   const int fixed = (int)((i64)tiles * (100 - claimed) / 100);
   int begin, end;
   share_of(fixed, rotation, begin, end);
-  int next = tiles, after = tiles;  // claimed tiles
-  if (claimed) {
-    next = fixed + (int)atomicAdd(counter, 1u);
-    after = fixed + (int)atomicAdd(counter, 1u);
-  }
+  int next = fixed + claims.next, after = fixed + claims.after;
   if (begin == end && next >= tiles) {
     const int slot = take_slot(d);
     d.shared->code[slot] = NO_TILE;
@@ -70,7 +76,7 @@ DEVICE void send_tiles(Producer& d, int tiles, int rotation, int claimed, int sl
     const u8* from = address(next);
     const int code = next | (after >= tiles ? LAST_TILE : 0);
     next = after;
-    if (next < tiles) after = fixed + (int)atomicAdd(counter, 1u);
+    if (next < tiles) after = fixed + (int)atomicAdd(claims.counter, 1u);
     for (int i = 0; i < slots; i++) send(d, from + (i64)i * bytes, bytes, code);
   }
 }
@@ -110,11 +116,9 @@ DEVICE void send_kv(Producer& d, int layer) {
         bulk_copy(at + SLOT_VALUES_AT + j * UNIT_BYTES, keys + NUM_KV_HEADS * HEAD_BLOCK_BYTES, run * UNIT_BYTES, full, d.policy);
         if (KV_FORMAT == KV_FP8_DYNAMIC) {
           const float* scales = d.p.kv_scales + place * KV_BLOCK_SCALES + head * BLOCK_TOKENS + inside * UNIT_TOKENS;
-          for (int i = 0; i < run; i++) {
-            const u32 to = at + SLOT_SCALES_AT + (j + i) * 2 * UNIT_SCALE_BYTES;
-            bulk_copy(to, scales + i * UNIT_TOKENS, UNIT_SCALE_BYTES, full, d.policy);
-            bulk_copy(to + UNIT_SCALE_BYTES, scales + NUM_KV_HEADS * BLOCK_TOKENS + i * UNIT_TOKENS, UNIT_SCALE_BYTES, full, d.policy);
-          }
+          const u32 to = at + SLOT_SCALES_AT + j * UNIT_SCALE_BYTES;
+          bulk_copy(to, scales, run * UNIT_SCALE_BYTES, full, d.policy);
+          bulk_copy(to + SLOT_UNITS * UNIT_SCALE_BYTES, scales + NUM_KV_HEADS * BLOCK_TOKENS, run * UNIT_SCALE_BYTES, full, d.policy);
         }
         j += run;
       }
@@ -138,21 +142,39 @@ DEVICE void cache_blocks(const Params& p, Shared* shared) {
   }
 }
 
+// Until the routing comes: brings slots of the layer's q, k and v to L2, at the memory's rate.
+DEVICE void fetch_ahead(Producer& d, int layer, u32 routed, u32 parity) {
+  constexpr int TILE_SLOTS = QkvShape::SLOTS, BYTES = QkvShape::SLOT_BYTES;
+  int begin, end;
+  share_of(QKV_TILES, layer * TURN, begin, end);
+  const u8* from = d.p.layers[layer].qkv + (i64)begin * (TILE_SLOTS * BYTES);
+  const int slots = min((end - begin) * TILE_SLOTS, SLOTS_AHEAD);
+  if (d.issued0 >= 0) mbarrier_wait(&d.shared->full[d.issued0 & 255], d.issued0 >> 8, FAILED_WINDOW);
+  u32 due = clock_cycles();
+  for (int i = 0; i < slots && !mbarrier_test(routed, parity);) {
+    const u32 now = clock_cycles();
+    if ((int)(now - due) < 0) continue;
+    due = now + BYTES / AHEAD_BYTES_A_CYCLE;
+    bulk_prefetch(from + i * BYTES, BYTES, d.keep_policy);
+    i++;
+  }
+}
+
 // Rotations differ from stage to stage: whoever has a tile more in one has none more in the next.
 DEVICE void produce(Producer& d) {
   const Params& p = d.p;
   for (int l = 0; l < p.num_layers; l++) {
     const LayerWeights& layer = p.layers[l];
     u32* claims = p.claims + l * CLAIM_PITCH;
-    const int turn = l * 31;
+    const int turn = l * TURN;
     if (p.stages & STAGE_ATTENTION) {
       d.window = WINDOW_QKV;
-      send_tiles(d, QKV_TILES, turn, 0, QkvShape::SLOTS, QkvShape::SLOT_BYTES, claims,
+      send_tiles(d, QKV_TILES, turn, 0, QkvShape::SLOTS, QkvShape::SLOT_BYTES, no_claims(),
                  [&](int tile) { return layer.qkv + (i64)tile * (QkvShape::SLOTS * QkvShape::SLOT_BYTES); });
       d.window = WINDOW_OTHER;
       if (l == 0) mbarrier_wait(&d.shared->rows_known, 0, FAILED_RING);
       send_kv(d, l);
-      send_tiles(d, O_PARTS * (HIDDEN / TILE_ROWS), turn + NUM_CTAS / 2, 0, O_SLOTS, OutputShape::SLOT_BYTES, claims, [&](int tile) {
+      send_tiles(d, O_PARTS * (HIDDEN / TILE_ROWS), turn + NUM_CTAS / 2, 0, O_SLOTS, OutputShape::SLOT_BYTES, no_claims(), [&](int tile) {
         const int part = tile / (HIDDEN / TILE_ROWS), strip = tile % (HIDDEN / TILE_ROWS);
         return layer.o + (i64)(strip * OutputShape::SLOTS + part * O_SLOTS) * OutputShape::SLOT_BYTES;
       });
@@ -160,25 +182,30 @@ DEVICE void produce(Producer& d) {
     if (p.stages & STAGE_EXPERTS) {
       d.window = WINDOW_OTHER;
       constexpr u32 GATE_BYTES = GATE_ROWS * HIDDEN * 4;
-      if (blockIdx.x < GATE_CTAS) send(d, (const u8*)layer.gate + (i64)blockIdx.x * GATE_BYTES, GATE_BYTES, 0);
+      if (blockIdx.x < GATE_CTAS)
+        for (int i = 0; i < NORM_SHARE; i++)
+          send(d, (const u8*)layer.gate + (i64)(blockIdx.x / NORM_SHARE * NORM_SHARE + i) * GATE_BYTES, GATE_BYTES, 0);
+      const Claims up_claims = claim(claims + CLAIM_UP);  // on the way while the routing is
+      const u32 routed = shared_address(&d.shared->routed);
+      if (SLOTS_AHEAD > 0 && l + 1 < p.num_layers && (p.stages & STAGE_ATTENTION)) fetch_ahead(d, l + 1, routed, l & 1);
       mbarrier_wait(&d.shared->routed, l & 1, FAILED_ROUTING);
       d.window = WINDOW_EXPERTS;
       const int experts = d.shared->num_experts;
       const auto expert_at = [&](int place) { return (i64)(d.shared->expert_list[place] & 0xffff); };
-      send_tiles(d, experts * UP_TILES, turn + NUM_CTAS / 4, CLAIMED_EXPERTS, UpShape::SLOTS, UpShape::SLOT_BYTES, claims + CLAIM_UP,
+      send_tiles(d, experts * UP_TILES, turn + NUM_CTAS / 4, CLAIMED_EXPERTS, UpShape::SLOTS, UpShape::SLOT_BYTES, up_claims,
                  [&](int tile) {
                    const int place = tile / UP_TILES;
                    return layer.w13 + (expert_at(place) * UP_TILES + tile % UP_TILES) * (UpShape::SLOTS * UpShape::SLOT_BYTES);
                  });
-      send_tiles(d, experts * DOWN_TILES, turn + 3 * NUM_CTAS / 4, CLAIMED_EXPERTS, 1, DownShape::SLOT_BYTES, claims + CLAIM_DOWN,
-                 [&](int tile) {
-                   const int place = tile / DOWN_TILES;
-                   return layer.w2 + (expert_at(place) * DOWN_TILES + tile % DOWN_TILES) * DownShape::SLOT_BYTES;
+      send_tiles(d, experts * DOWN_UNITS, turn + 3 * NUM_CTAS / 4, CLAIMED_EXPERTS, DOWN_TILES_AT_ONCE, DownShape::SLOT_BYTES,
+                 claim(claims + CLAIM_DOWN), [&](int tile) {
+                   const int place = tile / DOWN_UNITS;
+                   return layer.w2 + (expert_at(place) * DOWN_UNITS + tile % DOWN_UNITS) * (DOWN_TILES_AT_ONCE * DownShape::SLOT_BYTES);
                  });
     }
   }
   if (!(p.stages & STAGE_HEAD)) return;
   d.window = WINDOW_HEAD;
-  send_tiles(d, VOCAB / TILE_ROWS, 0, CLAIMED_HEAD, HeadShape::SLOTS, HeadShape::SLOT_BYTES, p.claims + NUM_LAYERS * CLAIM_PITCH,
+  send_tiles(d, VOCAB / TILE_ROWS, 0, CLAIMED_HEAD, HeadShape::SLOTS, HeadShape::SLOT_BYTES, claim(p.claims + NUM_LAYERS * CLAIM_PITCH),
              [&](int tile) { return p.lm_head + (i64)tile * (HeadShape::SLOTS * HeadShape::SLOT_BYTES); });
 }

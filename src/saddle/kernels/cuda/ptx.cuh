@@ -37,10 +37,23 @@ DEVICE void ldmatrix_transposed(u32 at, u32* r) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
+// Whether a barrier's phase is over, without waiting.
+DEVICE bool mbarrier_test(u32 at, u32 parity) {
+  u32 done;
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
+               : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  return done;
+}
+
 // ---- bulk copies
 DEVICE u64 evict_first_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  return policy;
+}
+DEVICE u64 evict_last_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0,1.0;" : "=l"(policy));
   return policy;
 }
 // Weights and KV are read once a step: evict_first keeps the words and the residual in L2 instead.
@@ -49,6 +62,27 @@ DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 mbarrier, u64 pol
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(mbarrier), "l"(policy)
       : "memory");
+}
+// The same place in the shared memory of a block of the cluster.
+DEVICE u32 address_in_peer(u32 at, u32 rank) {
+  u32 r;
+  asm("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(r) : "r"(at), "r"(rank));
+  return r;
+}
+// From this multiprocessor's shared memory to another's of the cluster, where the barrier is too.
+DEVICE void copy_to_peer(u32 to, u32 from, u32 bytes, u32 mbarrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
+               ::"r"(to), "r"(from), "r"(bytes), "r"(mbarrier) : "memory");
+}
+// What the thread has stored in shared memory is seen by copies that begin behind the next barrier.
+DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Bytes to L2 and no further; nothing says when they are there.
+DEVICE void bulk_prefetch(const void* from, u32 bytes, u64 policy) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0],%1,%2;" ::"l"(from), "r"(bytes), "l"(policy) : "memory");
 }
 // 16 bytes, past L1; this thread's copies have landed after `async_wait`.
 DEVICE void async_copy(u32 to, const void* from) {
@@ -88,6 +122,11 @@ DEVICE void load_relaxed(const u64* p, u64& a, u64& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1},[%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
 }
 DEVICE void store_relaxed(u64* p, u64 v) { asm volatile("st.relaxed.gpu.global.u64 [%0],%1;" ::"l"(p), "l"(v) : "memory"); }
+DEVICE u32 clock_cycles() {
+  u32 t;
+  asm volatile("mov.u32 %0,%%clock;" : "=r"(t));
+  return t;
+}
 DEVICE u64 global_nanoseconds() {
   u64 t;
   asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t));
@@ -99,12 +138,6 @@ DEVICE u64 global_nanoseconds() {
 DEVICE void e4m3_to_f16(u32 four, u32& low, u32& high) {
   asm("{.reg .b16 a,b; mov.b32 {a,b},%2; cvt.rn.f16x2.e4m3x2 %0,a; cvt.rn.f16x2.e4m3x2 %1,b;}"
       : "=r"(low), "=r"(high) : "r"(four));
-}
-// A pair of f16 to a pair of bf16; exact for numbers that came from e4m3.
-DEVICE u32 f16_to_bf16(u32 pair) {
-  float low, high;
-  asm("{.reg .b16 a,b; mov.b32 {a,b},%2; cvt.f32.f16 %0,a; cvt.f32.f16 %1,b;}" : "=f"(low), "=f"(high) : "r"(pair));
-  return pack_bf16(low, high);
 }
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 DEVICE float log2_fast(float x) {

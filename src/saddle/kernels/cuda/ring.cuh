@@ -44,3 +44,23 @@ template <class Body> DEVICE void for_tiles(Consumer& c, Body body) {
     body(code & ~LAST_TILE, slot);
   }
 }
+// The same for stages whose tiles come in runs of `each` tiles with the same second operand: body(state, run, tile of the
+// run, first slot), with what enter(run) returned when the run's first tile came. A stage without tiles enters nothing.
+template <class Enter, class Body> DEVICE void for_runs(Consumer& c, int each, Enter enter, Body body) {
+  Slot slot = next_slot(c);
+  int code = c.shared->code[slot.index];
+  if (code < 0) {
+    release(c, slot);
+    return;
+  }
+  for (;;) {
+    const int run = (code & ~LAST_TILE) / each;
+    auto state = enter(run);
+    do {
+      body(state, run, (code & ~LAST_TILE) - run * each, slot);
+      if (code & LAST_TILE) return;
+      slot = next_slot(c);
+      code = c.shared->code[slot.index];
+    } while ((code & ~LAST_TILE) / each == run);
+  }
+}

@@ -120,14 +120,32 @@ DEVICE void list_experts(const Consumer& c) {
     if (expert < NUM_EXPERTS) rows = (lds32(expert_word(c, expert)) >> expert_shift(expert)) & ((1u << EXPERT_BITS) - 1);
     const u32 lanes = __ballot_sync(~0u, rows != 0);
     const int place = count + __popc(lanes & ((1u << c.lane) - 1));
-    if (rows) {
-      s->expert_list[place] = expert | rows << 16;
-      s->expert_place[expert] = (u8)place;
-    }
+    if (rows) s->expert_list[place] = expert | rows << 16;
     count += __popc(lanes);
   }
   if (c.lane == 0) s->num_experts = count;
   mbarrier_arrive(shared_address(&s->routed));
+}
+
+// Rows as the columns of one product, four bits each; columns beyond the last row repeat the first.
+DEVICE u32 gather(u32 rows) {
+  const u32 first = __ffs(rows) - 1;
+  u32 columns = 0;
+#pragma unroll
+  for (int column = 0; column < 8; column++) {
+    columns |= (rows ? __ffs(rows) - 1 : first) << (4 * column);
+    rows &= rows - 1;
+  }
+  return columns;
+}
+
+// What the row's output of an expert that it chose is multiplied by.
+DEVICE float routing_weight(const Consumer& c, int row, u32 expert) {
+  float weight = 0;
+#pragma unroll
+  for (int i = 0; i < TOP_K; i++)
+    if (c.shared->chosen[row * TOP_K + i] == expert) weight = c.shared->chosen_weight[row * TOP_K + i];
+  return weight;
 }
 
 DEVICE void router_stage(Consumer& c, int layer) {
@@ -140,8 +158,8 @@ DEVICE void router_stage(Consumer& c, int layer) {
   }
   if (c.thread < NUM_EXPERTS / EXPERTS_A_WORD) sts32(expert_word(c, c.thread * EXPERTS_A_WORD), 0);
   consumers_sync();
-  static_assert(MAX_ROWS <= NUM_WARPS, "a warp chooses the experts of one row");
-  if (const int row = c.warp; row < MAX_ROWS && ((c.rows >> row) & 1)) {
+  const auto choose_row = [&](int row) {
+    if (row >= MAX_ROWS || !((c.rows >> row) & 1)) return;
     float logit[LANE_EXPERTS];
     wait_logits(c, row, logit);
     if (c.p.uniform_routing) choose_uniformly(c, layer, row);
@@ -154,11 +172,18 @@ DEVICE void router_stage(Consumer& c, int layer) {
       s->chosen_weight[pair] = weight / total;
       or_shared(expert_word(c, expert), (1u << row) << expert_shift(expert));
     }
+  };
+  if (MAX_ROWS <= NUM_WARPS) {
+    choose_row(c.warp);
+  } else {
+#pragma unroll 1
+    for (int row = c.warp; row < MAX_ROWS; row += NUM_WARPS) choose_row(row);
   }
   consumers_sync();
   if (c.warp == 0) list_experts(c);
   consumers_sync();
-  const int pair = c.thread, row = pair / TOP_K;
-  if (pair < MAX_PAIRS && ((c.rows >> row) & 1)) s->pair_rank[s->expert_place[s->chosen[pair]]][row] = (u8)(pair % TOP_K);
-  // Read after the next barrier.
+  if (COLUMN_GROUPS > 1) {
+    if (c.thread < s->num_experts) s->expert_columns[c.thread] = gather(s->expert_list[c.thread] >> 16);
+    consumers_sync();
+  }
 }

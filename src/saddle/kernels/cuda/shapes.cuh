@@ -5,7 +5,7 @@
 #pragma once
 #include "common.cuh"
 
-constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4, 8 or 12: columns of one or two mma.m16n8k16
+constexpr int MAX_ROWS = SADDLE_MAX_ROWS;  // 1, 2, 4, 8, 12 or 16: columns of one or two mma.m16n8k16
 constexpr int HIDDEN = SADDLE_HIDDEN;
 constexpr int NUM_HEADS = SADDLE_NUM_HEADS;
 constexpr int NUM_KV_HEADS = SADDLE_NUM_KV_HEADS;
@@ -73,12 +73,12 @@ constexpr int GATE_CTAS = NUM_EXPERTS / GATE_ROWS;
 // ---- the ring
 constexpr int RING_SLOT_BYTES = 24704;  // the largest slot: 16 x 1,536 FP8 and 24 scales
 // As many slots as fit beside the activations: they fill while the consumers wait at a barrier.
-constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : MAX_ROWS <= 4 ? 7 : MAX_ROWS <= 8 ? 6 : 5;
+constexpr int RING_SLOTS = MAX_ROWS <= 2 ? 8 : MAX_ROWS <= 4 ? 7 : MAX_ROWS <= 8 ? 6 : MAX_ROWS <= 12 ? 5 : 4;
 // Slots issued but not landed. Two (49 KB a multiprocessor) saturate the memory; more only queue in front of every
 // barrier, poll and small load. Never more than the ring has: a wait on a wrapped parity would not end.
 constexpr int WINDOW_EXPERTS = 2;
-constexpr int WINDOW_QKV = MAX_ROWS <= 2 ? 1 : 2;   // streams while the norm waits at its barrier
-constexpr int WINDOW_OTHER = MAX_ROWS <= 4 ? 1 : 2;  // KV, O and router: words are polled meanwhile
+constexpr int WINDOW_QKV = MAX_ROWS <= 12 ? 1 : 2;  // streams while the norm waits at its barrier
+constexpr int WINDOW_OTHER = 1;  // KV, O and router: words are polled meanwhile
 // A long context is a stream like the experts.
 constexpr int WINDOW_LONG_KV = WINDOW_EXPERTS, LONG_KV_SLOTS = 8;
 constexpr int WINDOW_HEAD = 3;  // nobody else wants the memory
@@ -86,6 +86,11 @@ constexpr int WINDOW_HEAD = 3;  // nobody else wants the memory
 // takes longer to come to another expert, and claimed tiles are those of another expert most often.
 constexpr int CLAIMED_EXPERTS = MAX_ROWS <= 8 ? 60 : 50;
 constexpr int CLAIMED_HEAD = 20;
+// Slots of the next layer's q, k and v that are brought to L2 while the experts are not known and the memory idles; they
+// are read in 2/3 of the time then. More cost more than they gain: what is on the way delays the routing and the experts'
+// first slots, and with more than 8 rows the residual and the words as well.
+constexpr int SLOTS_AHEAD = MAX_ROWS == 1 ? 4 : MAX_ROWS <= 8 ? 3 : 0;
+constexpr int AHEAD_BYTES_A_CYCLE = 13;  // a multiprocessor's share of the memory's rate
 
 // ---- KV memory (kernels/paged_kv.py): [block][k|v][kv head][64 tokens][128]
 #define KV_BF16 0
@@ -123,7 +128,7 @@ constexpr int COMBINE_ROWS = MAX_ROWS < 8 ? MAX_ROWS : 8;  // finished at a time
 constexpr int COMBINE_GROUPS = 8 / COMBINE_ROWS;  // threads that share an output's splits
 // Block ids of a multiprocessor's first units, kept for all layers: 262,144 tokens over all rows and splits. Longer
 // contexts read the rest from the table, one block ahead.
-constexpr int CACHED_BLOCKS = 256;
+constexpr int CACHED_BLOCKS = MAX_ROWS <= 12 ? 256 : 192;
 
 // ---- activations in shared memory, as the mma's second operand (tile.cuh)
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
@@ -133,11 +138,15 @@ constexpr int ACT_BYTES = max_of(max_of(2 * MAX_ROWS * max_of(HIDDEN, O_WIDTH), 
 constexpr int COLUMN_GROUPS = (MAX_ROWS + 7) / 8;  // of 8 columns, an mma each
 // Lanes of a quad that hold columns of real rows, in a group of columns.
 constexpr int column_pairs(int group) { return MAX_ROWS - 8 * group >= 8 ? 4 : (MAX_ROWS - 8 * group + 1) / 2; }
-constexpr int SUMS_BYTES = 2 * NUM_WARPS * 8 * ((MAX_ROWS + 1) / 2) * 16;  // two buffers of the warps' partial sums
+// Tiles of the down projection that are summed at once: they are one slot each, and a sum costs as much as a slot.
+constexpr int DOWN_TILES_AT_ONCE = 2;
+constexpr int SUM_PAIRS = max_of((MAX_ROWS + 1) / 2, DOWN_TILES_AT_ONCE * column_pairs(0));
+constexpr int SUMS_BYTES = 2 * NUM_WARPS * 8 * SUM_PAIRS * 16;  // two buffers of the warps' partial sums
 constexpr int SQUARE_PITCH = 8 * COLUMN_GROUPS;  // words of a tile's sums of squares
-constexpr int NORM_ROWS = MAX_ROWS <= 8 ? MAX_ROWS : MAX_ROWS / 2;  // a thread holds as many rows at once
+constexpr int NORM_SHARE = MAX_ROWS >= 4 ? 2 : 1;  // multiprocessors that share a norm's rows: blocks of a cluster
+constexpr int NORM_ROWS = MAX_ROWS / NORM_SHARE;  // a thread holds as many rows at once
 
-static_assert(MAX_ROWS <= 8 ? 8 % MAX_ROWS == 0 : MAX_ROWS == 12, "rows are columns of two mma");
+static_assert(MAX_ROWS <= 8 ? 8 % MAX_ROWS == 0 : MAX_ROWS == 12 || MAX_ROWS == 16, "rows are columns of two mma");
 static_assert(HIDDEN % 128 == 0 && HIDDEN <= 3072, "a thread holds at most 8 columns of a row");
 static_assert(INTERMEDIATE % 128 == 0 && INTERMEDIATE <= 1536, "an expert's activation is one slot wide");
 static_assert(Q_WIDTH % O_PARTS == 0 && OutputShape::SLOTS % O_PARTS == 0, "parts of O are whole slots");

@@ -75,16 +75,16 @@ struct Shared {
   u64 empty[RING_SLOTS];
   u64 routed;  // the layer's experts are listed: an arrival of each lane of the warp that lists them
   u64 rows_known;  // the step's rows are set, once a launch: an arrival of each consumer
+  u64 normed;  // the other multiprocessor's rows of a norm have come: their bytes, and an arrival of this one's first thread
   int code[RING_SLOTS];  // tile in the slot, LAST_TILE, or NO_TILE
   int blocks[CACHED_BLOCKS];
-  float warp_sums[NUM_WARPS][max_of(3 * NORM_ROWS, 4)];
+  float warp_sums[NUM_WARPS][max_of((1 + GATE_ROWS * NORM_SHARE) * NORM_ROWS, 4)];
   float rotary[MAX_ROWS][ROTARY_DIM];  // cosines, sines
   float new_scales[2 * UNIT_TOKENS];  // of the new unit's keys and values, dynamic FP8; only its first token has one
-  u8 pair_rank[MAX_PAIRS][MAX_ROWS];  // of (place in expert_list, row): which of the row's experts it is
   u32 expert_list[MAX_PAIRS];  // expert | rows that chose it << 16, ascending
+  u32 expert_columns[MAX_PAIRS];  // 4 bits a column of the product: its row, where 8 columns hold the expert's rows
   int num_experts;
   int last_cta;
-  u8 expert_place[NUM_EXPERTS];
   u8 chosen[MAX_PAIRS];  // experts of a row, by rank
   float chosen_weight[MAX_PAIRS];
   // The step's rows, the same in all layers.
@@ -148,6 +148,7 @@ struct Consumer {
   u32 barriers = 0;  // grid barriers of this launch
   u32 epoch = 0;  // of this layer's words
   u32 tiles = 0;
+  u32 norms = 0;  // whose rows have come
   u32 rows = 0;  // Shared::rows
 };
 
