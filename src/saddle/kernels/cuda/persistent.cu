@@ -9,7 +9,8 @@
 //   experts.cuh    up and down -> residual          lm_head.cuh    -> logits
 //
 // Between multiprocessors stand polled words (q, k, v; splits; attention's output; router) and three grid barriers a
-// layer, where sums into the residual or the experts' activations have to be complete.
+// layer, where sums into the residual or the experts' activations have to be complete. From 4 rows on blocks come in
+// clusters of two, which share the norms.
 // Sizes and their reasons: shapes.cuh. What was measured: docs/LOG.md.
 #include "combine.cuh"
 #include "experts.cuh"

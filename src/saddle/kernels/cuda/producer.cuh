@@ -142,7 +142,7 @@ DEVICE void cache_blocks(const Params& p, Shared* shared) {
   }
 }
 
-// Until the routing comes: brings slots of the layer's q, k and v to L2, at the memory's rate.
+// Until the routing comes: brings slots of the layer's q, k and v to L2, more slowly than the memory could.
 DEVICE void fetch_ahead(Producer& d, int layer, u32 routed, u32 parity) {
   constexpr int TILE_SLOTS = QkvShape::SLOTS, BYTES = QkvShape::SLOT_BYTES;
   int begin, end;

@@ -88,9 +88,9 @@ constexpr int CLAIMED_EXPERTS = MAX_ROWS <= 8 ? 60 : 50;
 constexpr int CLAIMED_HEAD = 20;
 // Slots of the next layer's q, k and v that are brought to L2 while the experts are not known and the memory idles; they
 // are read in 2/3 of the time then. More cost more than they gain: what is on the way delays the routing and the experts'
-// first slots, and with more than 8 rows the residual and the words as well.
+// first slots. With more than 8 rows none gained anything.
 constexpr int SLOTS_AHEAD = MAX_ROWS == 1 ? 4 : MAX_ROWS <= 8 ? 3 : 0;
-constexpr int AHEAD_BYTES_A_CYCLE = 13;  // a multiprocessor's share of the memory's rate
+constexpr int AHEAD_BYTES_A_CYCLE = 9;  // two thirds of a multiprocessor's share of the memory's rate
 
 // ---- KV memory (kernels/paged_kv.py): [block][k|v][kv head][64 tokens][128]
 #define KV_BF16 0
@@ -126,8 +126,8 @@ constexpr int PARTIAL_PITCH = HEAD_DIM + 2;  // words a query head: values, log-
 constexpr int COMBINE_OUTPUTS = GROUP * HEAD_DIM / SPLITS;  // outputs of a row and KV head that one split finishes
 constexpr int COMBINE_ROWS = MAX_ROWS < 8 ? MAX_ROWS : 8;  // finished at a time
 constexpr int COMBINE_GROUPS = 8 / COMBINE_ROWS;  // threads that share an output's splits
-// Block ids of a multiprocessor's first units, kept for all layers: 262,144 tokens over all rows and splits. Longer
-// contexts read the rest from the table, one block ahead.
+// Block ids of a multiprocessor's first units, kept for all layers: 262,144 or 196,608 tokens over all rows and splits.
+// Longer contexts read the rest from the table, one block ahead.
 constexpr int CACHED_BLOCKS = MAX_ROWS <= 12 ? 256 : 192;
 
 // ---- activations in shared memory, as the mma's second operand (tile.cuh)
