@@ -122,6 +122,7 @@ def test_other_shapes_are_refused(change: dict[str, int], word: str) -> None:
 
 def test_other_gpus_are_refused_with_the_reason() -> None:
     assert "114 multiprocessors" in (persistent.unsupported(of_arch("sm_90", 114), M2) or "")
+    assert "pairs" in (persistent.unsupported(of_arch("sm_90", 131), M2) or "")
     assert "sm_90" in (persistent.unsupported(of_arch("sm_100"), M2) or "")
 
 
