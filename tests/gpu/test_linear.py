@@ -42,12 +42,6 @@ def test_fp8_weights(shape: str, chip: Target) -> None:
         assert support.error(out, wanted) < BF16_ERROR, (size, "bf16")
 
 
-def again_f32(kernels: GroupedLinear, a: quant.Activation, matrix: tiles.PackedMatrix) -> torch.Tensor:
-    out = support.poisoned(len(a.data), matrix.num_rows)
-    kernels(a, matrix, out)
-    return out
-
-
 @pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
 def test_sums_are_added(chip: Target) -> None:
     matrix = support.fp8_weight(*SHAPES["o"])
@@ -68,7 +62,7 @@ def test_wgmma(shape: str) -> None:
     matrix, chip = support.fp8_weight(*SHAPES[shape]), support.targets()[0]
     values = tiles.dequantise(matrix).double()
     kernels = GroupedLinear(matrix, chip)
-    for size in (1, 63, 64, 65, 128, 129, 1000, 1024, 8192):
+    for size in (1, 63, 64, 65, 128, 129, 500, 640, 1000, 1024, 1500, 2048, 8192):
         a = support.activation(torch.randn(size, matrix.num_cols, device="cuda") * 3, chip)
         wanted = quant.dequantise(a).double() @ values.T
         for dtype, bar in ((torch.float32, FP8_ERROR), (torch.bfloat16, BF16_ERROR)):
@@ -80,10 +74,14 @@ def test_wgmma(shape: str) -> None:
             again = torch.full_like(out[:size], 7.0)
             kernels(a, matrix, again)
             assert torch.equal(out[:size], again), (size, "same bits")
-        x = torch.randn(size + 1, matrix.num_rows, device="cuda")
-        summed, last = x[:size] + again_f32(kernels, a, matrix), x[size].clone()
-        kernels(a, matrix, x[:size], add=True)
-        assert torch.equal(x[:size], summed) and torch.equal(x[size], last), (size, "added")
+        again = torch.full((size, matrix.num_rows), 7.0, device="cuda")
+        kernels(a, matrix, again)
+        start = torch.randn(size + 1, matrix.num_rows, device="cuda")
+        summed, found = start[:size] + again, [start.clone() for _ in range(3)]
+        for x in found:
+            kernels(a, matrix, x[:size], add=True)
+            assert torch.equal(x[size], start[size]) and torch.equal(x, found[0]), (size, "added, same bits")
+        assert torch.equal(found[0][:size], summed), (size, "added")
     a = support.activation(torch.randn(8192, matrix.num_cols, device="cuda"), chip)
     parts = support.poisoned(1, 8192, matrix.num_rows)
     linear.linear(a, matrix, parts, chip, 0, kernels)

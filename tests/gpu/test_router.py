@@ -55,7 +55,7 @@ class Case:
         width, num_experts = self.gate.shape
         key = width, num_experts, self.top_k
         if key not in PRODUCTS:
-            PRODUCTS[key] = gate.GateProduct(*key, len(self.work.counts), support.targets()[0], self.x.device)
+            PRODUCTS[key] = gate.GateProduct(*key, support.targets()[0], self.x.device)
         return gate.LayerGate(gate.image(self.gate, self.weight), PRODUCTS[key])
 
     def chosen(self) -> tuple[torch.Tensor, torch.Tensor]:

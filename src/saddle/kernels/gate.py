@@ -38,6 +38,7 @@ TOKENS = 128
 STEP = 32
 EXPERTS_PADDED = 256
 BLOCK_THREADS = 384
+APART = 32
 SHARED_BYTES = 222 * 1024
 MAX_BLOCKS = 132  # that share the work of a step which has less of its own
 # The largest number of a column of gain * gate, or of a token, becomes less than two to this; float16 ends at 2^16.
@@ -195,9 +196,9 @@ def max_rows(max_tokens: int, width: int) -> int:
     return max(max_tokens, min(max_tokens * (width // GROUP), MAX_BLOCKS * TOKENS))
 
 
-def num_flags(max_tokens: int) -> int:
-    """By which the kernel's blocks wait for each other."""
-    return 2 + cdiv(max_tokens, TOKENS)
+def num_flags(max_tokens: int, num_experts: int) -> int:
+    """By which the kernel's blocks count and wait for each other, see gate_choose.cuh."""
+    return (num_experts + 2) * APART + cdiv(max_tokens, TOKENS)
 
 
 def unsupported(width: int, num_experts: int, top_k: int, fp8: bool, target: Target) -> str | None:
@@ -225,7 +226,6 @@ class GateProduct:
     """The kernel for a model's routers. Compiles on construction, never later.
 
     Args:
-        counters: length of `RouterWork.counts`.
         cache_dir: where compiled binaries are kept; None: nowhere.
 
     Raises:
@@ -234,7 +234,7 @@ class GateProduct:
     """
 
     def __init__(
-        self, width: int, num_experts: int, top_k: int, counters: int, target: Target, device: torch.device,
+        self, width: int, num_experts: int, top_k: int, target: Target, device: torch.device,
         cache_dir: Path | None = None,
     ) -> None:  # fmt: skip
         why = unsupported(width, num_experts, top_k, True, target)
@@ -242,7 +242,7 @@ class GateProduct:
             raise ValueError(f"The wgmma kernel for routing does not run here: {why}.")
         self.width = width
         self._device = device.index or 0
-        options = compile_options(hidden=width, num_experts=num_experts, top_k=top_k, counters=counters)
+        options = compile_options(hidden=width, num_experts=num_experts, top_k=top_k)
         tag = f"{target.arch}-{VERSION}"
         cubin = nvrtc.cached_cubin(cache_dir, "gate.cu", nvrtc.sources("gate.cu"), options, tag)
         self.kernel = nvrtc.Kernel(cubin, "gate_route", SHARED_BYTES)
@@ -304,7 +304,7 @@ class LayerGate:
 
 
 def prepare(
-    gates: Sequence[tuple[torch.Tensor, torch.Tensor]], top_k: int, counters: int, fp8: bool, target: Target,
+    gates: Sequence[tuple[torch.Tensor, torch.Tensor]], top_k: int, fp8: bool, target: Target,
     cache_dir: Path | None = None,
 ) -> tuple[list[LayerGate], str]:  # fmt: skip
     """For each layer's (gate, gain) what the kernel needs, none where it is not made for them; and the line that says
@@ -318,7 +318,7 @@ def prepare(
         why = f"the weights are on {gate.device.type}"
         if gate.device.type == "cuda":
             try:
-                product = GateProduct(width, num_experts, top_k, counters, target, gate.device, cache_dir)
+                product = GateProduct(width, num_experts, top_k, target, gate.device, cache_dir)
             except nvrtc.CudaError as error:
                 why = f"it does not compile here: {error}"
                 logger.warning("No wgmma kernel for routing: %s", error)

@@ -23,8 +23,7 @@ from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer, swizzled
 from saddle.kernels.whole import next_power_of_2
 
-NUM_WARPS = 8
-KV_WARPS = 2
+NUM_WARPS, KV_WARPS = 4, 2
 # Scores are q k / sqrt(head_dim) and softmax is computed with exp2: both factors go into q.
 QUERY_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
 
@@ -184,7 +183,7 @@ def qk_rope_write(
         _qk_rope_kernel, (qkv.shape[0], 1, 1), qkv, q_norm, k_norm, eps, cos, sin, positions, slots, kv.data, kv.scales,
         kv.k_scale, kv.v_scale, q_out, QUERY_SCALE, num_heads, next_power_of_2(num_heads), num_kv_heads,
         next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl,
-        num_warps=NUM_WARPS if num_heads > 16 else 4, **options,
+        num_warps=NUM_WARPS, **options,
     )  # fmt: skip
 
 

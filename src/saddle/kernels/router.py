@@ -6,9 +6,11 @@
 
 The first kernel multiplies slices of the hidden size by the gate before the norm is known: the logits are linear in
 x, so 1 / rms joins in the second one. Products are as exact as float32 ones, but several of float16 or bf16: a rounded
-logit would choose other experts. The second kernel, one program a token, selects, lists and quantises. With many
-tokens the norm is a kernel of its own, the gate is cut into bf16 parts once for all programs, and a last kernel puts
-the work units in the order of experts, so that an expert's units find its weights in the cache.
+logit would choose other experts. The second kernel, one program a token, selects, lists and quantises.
+
+With many tokens all of it is one launch on sm_90 (`gate`), behind a product that has added its sums to x. Elsewhere
+the norm is a kernel of its own, the gate is cut into bf16 parts once for all programs, and, for experts' kernels that
+want units, a last kernel puts these in the order of experts, so that an expert's units find its weights in the cache.
 
 A *pair* is token * top_k + j, the j-th expert of a token; its row in everything the experts write. A *unit* is
 expert | tile << 16: up to `unit_tokens` pairs of one expert, of its list's tile-th stretch. Rows with position -1 pad
@@ -314,7 +316,7 @@ class RouterWork:
             "squares": ((rows,), torch.float32),
             "x": ((min(max_tokens, MAX_FUSED_TOKENS), width), torch.float32),
             "gate_parts": ((num_parts, width, num_experts), torch.bfloat16),
-            "flags": ((num_flags(max_tokens),), torch.int32),
+            "flags": ((num_flags(max_tokens, num_experts),), torch.int32),
         }
 
     @classmethod

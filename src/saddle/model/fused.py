@@ -12,7 +12,7 @@ A decode step is at most eight launches a layer, whatever the number of rows:
 The first layer's norm looks the tokens up in the embedding; behind the last layer a norm of the rows that sample and
 the lm_head follow. With prompts in the step, attention is up to three launches: QK-norm and rotary of all tokens, then
 the decoding rows, then the prompts. What lies between two layers' attention, a *piece*, then depends on the number of
-tokens alone and can be a CUDA graph for each of a few numbers (`runner.graphs`).
+tokens alone, up to `MIN_TURNED_TOKENS`, and can be a CUDA graph for each of a few numbers (`runner.graphs`).
 
 On GPUs that have it, decode steps of few rows are one launch in all, that of the persistent kernel, over the same
 weights. Nothing is allocated and nothing waits, so a decode step can be a CUDA graph. The math is that of `m2.py`;
@@ -109,7 +109,7 @@ class FusedMiniMaxM2:
         )
         gates = [(layer.gate, layer.post_norm) for layer in weights.layers]
         self._gates, self._gate_path = gate.prepare(
-            gates, top_k, len(self.space.router.counts), takes_fp8(first.w13, target), target, cache_dir
+            gates, top_k, takes_fp8(first.w13, target), target, cache_dir
         )
         self.prompt_attention: prompt_attention.PromptAttention | None = None
         self._attention_path = "attention of prompts: not chosen before there is KV memory"

@@ -70,12 +70,12 @@ def test_parameters_are_the_same_on_both_sides() -> None:
 
 def test_constants_are_the_same_on_both_sides() -> None:
     values = {name: int(value) for name, value in re.findall(r"^constexpr int (\w+) = (\d+);", TEXT, re.M)}
-    for name in ("TOKENS", "STEP", "EXPERTS_PADDED"):
+    for name in ("TOKENS", "STEP", "EXPERTS_PADDED", "APART"):
         assert values[name] == getattr(gate, name), name
     assert values["CONSUMERS"] + 128 == gate.BLOCK_THREADS
     pitch = values["GROUP"] * 4 + 16
     shared = 1024 + values["PART_SLOTS"] * gate.EXPERTS_PADDED * 64 + values["X_SLOTS"] * (gate.TOKENS + 1) * pitch
-    barriers = 16 * (values["PART_SLOTS"] + values["X_SLOTS"])
+    barriers = 16 * (values["PART_SLOTS"] + values["X_SLOTS"] + 1)
     assert shared + barriers <= gate.SHARED_BYTES <= H100.shared_bytes
 
 
@@ -86,7 +86,7 @@ def test_memory_holds_every_smaller_step() -> None:
             for tokens in range(129, most + 1, 31):
                 rows = tokens * gate.num_splits(tokens, width)
                 assert rows * num_experts <= shapes["logits"][0][0] and rows <= shapes["squares"][0][0]
-                assert gate.num_flags(tokens) <= shapes["flags"][0][0]
+                assert gate.num_flags(tokens, num_experts) <= shapes["flags"][0][0]
 
 
 def test_blocks_that_wait_for_each_other_run_at_once() -> None:
@@ -106,14 +106,14 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
         assert word in (gate.unsupported(**shape, target=target) or ""), word
         if shape.pop("fp8"):
             with pytest.raises(ValueError, match=word):
-                gate.GateProduct(**shape, counters=512, target=target, device=torch.device("cuda"))
+                gate.GateProduct(**shape, target=target, device=torch.device("cuda"))
 
 
 def test_without_a_gpu_the_start_says_why() -> None:
     gates = [(torch.randn(256, 16), torch.ones(256))] * 2
-    found, line = gate.prepare(gates, 4, 32, True, H100)
+    found, line = gate.prepare(gates, 4, True, H100)
     assert len(found) == 2 and found[0].product is None and "Triton" in line and "cpu" in line
-    found, line = gate.prepare(gates, 4, 32, True, of_arch("sm_89"))
+    found, line = gate.prepare(gates, 4, True, of_arch("sm_89"))
     assert found == [] and "sm_89" in line
 
 
@@ -123,6 +123,6 @@ def test_compiles(hidden: int, num_experts: int, top_k: int) -> None:
         version = nvrtc.nvrtc_version()
     except nvrtc.CudaError as error:
         pytest.skip(f"NOT TESTED: {error}")
-    options = gate.compile_options(hidden=hidden, num_experts=num_experts, top_k=top_k, counters=512)
+    options = gate.compile_options(hidden=hidden, num_experts=num_experts, top_k=top_k)
     cubin = nvrtc.compile_cubin("gate.cu", SOURCES, options)
     assert cubin[:4] == b"\x7fELF" and local_bytes(cubin, "gate.cu") == 0, version

@@ -9,12 +9,6 @@
 // A block has 128 tokens, all experts and a part of the columns; two warpgroups take 64 tokens each, two warps load.
 #include "gate_choose.cuh"
 
-struct Shared {
-  u64 x_full[X_SLOTS], x_empty[X_SLOTS];
-  u64 part_full[PART_SLOTS], part_empty[PART_SLOTS];
-};
-constexpr int SHARED_BYTES = 1024 + PART_SLOTS * PART_BYTES + X_SLOTS * X_BYTES + sizeof(Shared);
-
 // ---- loading
 DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 mbarrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];"
@@ -228,8 +222,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) gate_route(const 
     if (warp == 1 && lane == 0) load_parts(p, s, work, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    if (blockIdx.x == 0) clear_counts(p);
     consume(p, s, work, ring, slots);
-    choose_experts(p, work);
+    choose_experts(p, s, work);
   }
 }

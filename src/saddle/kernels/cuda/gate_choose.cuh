@@ -1,9 +1,10 @@
 // The choice: a token's experts by score + bias, their weights, and each expert's list of pairs (router.py says what
 // these are). Blocks that share 128 tokens wait for each other's sums and then take a part of the tokens each; a warp
-// takes up to four at a time, its lanes 8 adjacent experts each.
+// takes up to four at a time, its lanes 8 adjacent experts each. This code runs once a launch, and fetching it takes
+// longer than running it: what can be a loop is one.
 //
 // Contract: blocks that share tokens run at the same time (there are no more blocks than multiprocessors, or none
-// share), and block 0 begins no later than others end.
+// share).
 #pragma once
 #include "gate_shapes.cuh"
 
@@ -21,10 +22,10 @@ struct Params {
   const int* token_ids;    // [tokens]
   int* ids;                // [tokens][TOP_K], -1 where the row pads
   float* weights;          // [tokens][TOP_K]
-  int* counts;             // [COUNTERS]: pairs of each expert, units
+  int* counts;             // [EXPERTS + 1]: pairs of each expert, units
   int* lists;              // [EXPERTS][capacity] pairs of each expert
   int* units;              // as in router.py
-  int* flags;              // counts are zero; blocks that are done; blocks of each 128 tokens: zeros between launches
+  int* flags;              // zeros between launches, see below
   int num_tokens;
   int splits;              // blocks that share the columns of a token; GROUPS is a multiple
   int capacity;            // of a list
@@ -33,6 +34,19 @@ struct Params {
   int uniform;             // ids are a hash of layer, position and token id
   float eps;
 };
+
+struct Shared {
+  u64 x_full[X_SLOTS], x_empty[X_SLOTS];
+  u64 part_full[PART_SLOTS], part_empty[PART_SLOTS];
+  int is_last;  // of all blocks to end
+};
+constexpr int SHARED_BYTES = 1024 + PART_SLOTS * PART_BYTES + X_SLOTS * X_BYTES + sizeof(Shared);
+
+// Flags: what is counted, a line of 128 bytes each, so that the cache counts them side by side; blocks that are done;
+// and for each 128 tokens, blocks whose sums are written.
+constexpr int APART = 32;
+constexpr int DONE_AT = (EXPERTS + 1) * APART;
+constexpr int SUMS_AT = DONE_AT + APART;
 
 struct Work {
   int token, tokens;  // first one, how many
@@ -65,6 +79,12 @@ DEVICE int load_acquire(const int* at) {
   asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
+// What was there; all that this thread knows of becomes visible, and all that those before have added to.
+DEVICE int add_all(int* at, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],%2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
+  return before;
+}
 DEVICE u32 warp_max(u32 value) {
   u32 r;
   asm("redux.sync.max.u32 %0,%1,0xffffffff;" : "=r"(r) : "r"(value));
@@ -96,57 +116,71 @@ DEVICE void score(const Params& p, int first, int count, int lane, const float (
 #pragma unroll
     for (int i = 0; i < OWN; i++) scores[j][i] = 0;
   const float* from = p.logits + (size_t)first * EXPERTS + (real ? lane * OWN : 0);
-#pragma unroll 4  // loads of several blocks' sums are under way together
-  for (int s = 0; s < p.splits; s++)
+#pragma unroll 1
+  for (int base = 0; base < p.splits; base += 4) {
 #pragma unroll
-    for (int j = 0; j < BATCH; j++) {
-      const float4* at = (const float4*)(from + ((size_t)s * p.num_tokens + j) * EXPERTS);
-      float4 a = make_float4(0, 0, 0, 0), b = a;
-      if (j < count) a = __ldcg(at), b = __ldcg(at + 1);
-      const float v[OWN] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    for (int s = base; s < base + 4; s++)  // what several blocks left is under way together
 #pragma unroll
-      for (int i = 0; i < OWN; i++) scores[j][i] += v[i];
-    }
+      for (int j = 0; j < BATCH; j++) {
+        const float4* at = (const float4*)(from + ((size_t)s * p.num_tokens + j) * EXPERTS);
+        float4 a = make_float4(0, 0, 0, 0), b = a;
+        if (j < count && s < p.splits) a = __ldcg(at), b = __ldcg(at + 1);
+        const float v[OWN] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < OWN; i++) scores[j][i] += v[i];
+      }
+  }
 #pragma unroll
   for (int j = 0; j < BATCH; j++) {
     if (j >= count) break;
     float square = 0;
+#pragma unroll 1
     for (int s = lane; s < p.splits; s += 32) square += __ldcg(p.squares + (size_t)s * p.num_tokens + first + j);
     const float inverse = rsqrtf(warp_sum(square) / HIDDEN + p.eps);
+#pragma unroll 1
     for (int group = lane; group < GROUPS; group += 32) {
       float* at = p.scales + (size_t)(first + j) * GROUPS + group;
       *at = __ldcg(at) * inverse;
     }
 #pragma unroll
-    for (int i = 0; i < OWN; i++) scores[j][i] = 1.f / (1.f + __expf(-scores[j][i] * (inverse * factors[i])));
+    for (int i = 0; i < OWN; i++) scores[j][i] = __fdividef(1.f, 1.f + __expf(-scores[j][i] * (inverse * factors[i])));
   }
 }
 
-// The largest TOP_K keys of a token, equal ones in the order of ids; ids and scores to the lanes from `to` on.
-DEVICE void choose_top(const float (&scores)[OWN], const float (&bias)[OWN], int lane, int to, int& id, float& share) {
-  u32 keys[OWN];
+// The largest TOP_K keys of each token, equal ones in the order of ids; ids and scores to the lanes that have them. The
+// tokens' turns are independent: each waits for its warp's answers while the others ask.
+DEVICE void choose_top(const float (&scores)[BATCH][OWN], const float (&bias)[OWN], int count, int lane, int& id,
+                       float& share) {
+  u32 keys[BATCH][OWN];
 #pragma unroll
-  for (int i = 0; i < OWN; i++) {
-    const u32 bits = __float_as_uint(scores[i] + bias[i]);
-    keys[i] = lane * OWN >= EXPERTS ? 0 : bits >> 31 ? ~bits : bits | 1u << 31;  // unsigned, in the order of floats
-  }
+  for (int j = 0; j < BATCH; j++)
 #pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const u32 bits = __float_as_uint(scores[j][i] + bias[i]);
+      // Unsigned, in the order of floats.
+      keys[j][i] = lane * OWN >= EXPERTS ? 0 : bits >> 31 ? ~bits : bits | 1u << 31;
+    }
+#pragma unroll 1
   for (int choice = 0; choice < TOP_K; choice++) {
-    u32 own = keys[0];
 #pragma unroll
-    for (int i = 1; i < OWN; i++) own = max(own, keys[i]);
-    const u32 best = warp_max(own);
-    const int owner = __ffs(__ballot_sync(~0u, own == best)) - 1;
-    int place = 0;
-    float score = 0;
+    for (int j = 0; j < BATCH; j++) {
+      if (j >= count) break;
+      u32 own = keys[j][0];
 #pragma unroll
-    for (int i = OWN - 1; i >= 0; i--)
-      if (keys[i] == best) place = i, score = scores[i];
+      for (int i = 1; i < OWN; i++) own = max(own, keys[j][i]);
+      const u32 best = warp_max(own);
+      const int owner = __ffs(__ballot_sync(~0u, own == best)) - 1;
+      int place = 0;
+      float score = 0;
 #pragma unroll
-    for (int i = 0; i < OWN; i++)
-      if (lane == owner && i == place) keys[i] = 0;
-    place = __shfl_sync(~0u, place, owner), score = __shfl_sync(~0u, score, owner);
-    if (lane == to + choice) id = owner * OWN + place, share = score;
+      for (int i = OWN - 1; i >= 0; i--)
+        if (keys[j][i] == best) place = i, score = scores[j][i];
+#pragma unroll
+      for (int i = 0; i < OWN; i++)
+        if (lane == owner && i == place) keys[j][i] = 0;
+      place = __shfl_sync(~0u, place, owner), score = __shfl_sync(~0u, score, owner);
+      if (lane == j * CHOICES + choice) id = owner * OWN + place, share = score;
+    }
   }
 }
 
@@ -168,9 +202,7 @@ DEVICE void choose_batch(const Params& p, int first, int count, int lane, const 
         if (active && j == mine && i == id % OWN) share = found;
       }
   } else {
-#pragma unroll
-    for (int j = 0; j < BATCH; j++)
-      if (j < count) choose_top(scores[j], bias, lane, j * CHOICES, id, share);
+    choose_top(scores, bias, count, lane, id, share);
   }
   float total = active ? share : 0;
 #pragma unroll
@@ -181,22 +213,15 @@ DEVICE void choose_batch(const Params& p, int first, int count, int lane, const 
   p.weights[pair] = share / total;
   p.ids[pair] = listed ? id : -1;
   if (!listed) return;
-  const int place = atomicAdd(p.counts + id, 1);
+  const int place = atomicAdd(p.flags + id * APART, 1);
   p.lists[(size_t)id * p.capacity + place] = pair;
-  if (p.unit && place % p.unit == 0) p.units[atomicAdd(p.counts + EXPERTS, 1)] = id | place / p.unit << 16;
-}
-
-// All multiplying threads of block 0, before anybody counts.
-DEVICE void clear_counts(const Params& p) {
-  for (int i = threadIdx.x; i < COUNTERS; i += CONSUMERS) p.counts[i] = 0;
-  barrier_sync(1, CONSUMERS);
-  if (threadIdx.x == 0) add_release(p.flags, 1);
+  if (p.unit && place % p.unit == 0) p.units[atomicAdd(p.flags + EXPERTS * APART, 1)] = id | place / p.unit << 16;
 }
 
 // All multiplying threads of a block, behind their sums.
-DEVICE void choose_experts(const Params& p, const Work& work) {
+DEVICE void choose_experts(const Params& p, Shared* s, const Work& work) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int* sums = p.flags + 2 + blockIdx.x / p.splits;
+  int* sums = p.flags + SUMS_AT + blockIdx.x / p.splits;
   float bias[OWN], factors[OWN];
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
@@ -208,19 +233,23 @@ DEVICE void choose_experts(const Params& p, const Work& work) {
     add_release(sums, 1);
     while (load_acquire(sums) < p.splits) {
     }
-    while (load_acquire(p.flags) == 0) {
-    }
   }
   barrier_sync(1, CONSUMERS);
   const int begin = work.split * TOKENS / p.splits, end = min(work.tokens, (work.split + 1) * TOKENS / p.splits);
   const int batch = min(BATCH, max(1, (end - begin + WARPS - 1) / WARPS));
+#pragma unroll 1
   for (int first = begin + warp * batch; first < end; first += WARPS * batch)
     choose_batch(p, work.token + first, min(batch, end - first), lane, bias, factors);
   barrier_sync(1, CONSUMERS);
-  if (warp == 0) {  // the last block leaves zeros to the next launch
-    int done = 0;
-    if (lane == 0) done = atomicAdd(p.flags + 1, 1);
-    if (__shfl_sync(~0u, done, 0) == (int)gridDim.x - 1)
-      for (int i = lane; i < 2 + (int)gridDim.x / p.splits; i += 32) p.flags[i] = 0;
+  if (threadIdx.x == 0) s->is_last = add_all(p.flags + DONE_AT, 1) == (int)gridDim.x - 1;
+  barrier_sync(1, CONSUMERS);
+  if (!s->is_last) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i <= EXPERTS; i += CONSUMERS) {
+    p.counts[i] = __ldcg(p.flags + i * APART);
+    p.flags[i * APART] = 0;
   }
+  if (threadIdx.x == 0) p.flags[DONE_AT] = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (int)gridDim.x / p.splits; i += CONSUMERS) p.flags[SUMS_AT + i] = 0;
 }

@@ -6,7 +6,6 @@
 
 constexpr int HIDDEN = SADDLE_HIDDEN;
 constexpr int EXPERTS = SADDLE_NUM_EXPERTS;
-constexpr int COUNTERS = SADDLE_COUNTERS;
 constexpr int EXPERTS_PADDED = 256;  // columns of a product
 
 constexpr int TOKENS = 128;  // of a block
