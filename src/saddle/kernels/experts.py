@@ -35,6 +35,7 @@ from saddle.kernels.tile_dot import (
     matrix_constants,
     quantised,
     release,
+    takes_fp8,
     weight_tensors,
 )
 from saddle.kernels.tiles import PackedMatrix
@@ -252,6 +253,8 @@ def _down_many_kernel(
 def up_block(num_tokens: int, w13: PackedMatrix, target: Target, is_few: bool) -> Block:
     """Tiles of `up`. 256 interleaved rows are the 128 columns that share an activation scale: not to be changed."""
     few = Block(256, FEW_UNIT_TOKENS, 64, 6 if num_tokens <= 16 else 8, 8)
+    if takes_fp8(w13, target):
+        few = Block(256, FEW_UNIT_TOKENS, 64, 8, 4)  # 0.7 us a layer less than eight warps
     return choose("up", num_tokens, w13, target, few if is_few else Block(256, MANY_UNIT_TOKENS, 128, 4, 8))
 
 
