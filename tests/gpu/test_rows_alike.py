@@ -37,8 +37,9 @@ def rows_of(whole: DeviceInputs, first: int, count: int) -> DeviceInputs:
 
 
 # Of a row's logits: median and largest relative error, and how often the likeliest id is the same. Two layers in
-# Triton's interpreter, which cuts where a GPU rounds: FP8 3.8e-3, 9.7e-2, 0.977.
-BOUNDS = {True: (1.5e-2, 0.3, 0.93), False: (5e-3, 0.15, 0.95)}
+# Triton's interpreter, which cuts where a GPU rounds: FP8 3.8e-3, 9.7e-2, 0.977; W8A16
+# 1.2e-3, 1.1e-2, 1.
+BOUNDS = {True: (1.5e-2, 0.3, 0.93), False: (4e-3, 6e-2, 0.97)}
 
 
 @pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
