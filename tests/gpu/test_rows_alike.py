@@ -43,7 +43,6 @@ BOUNDS = {True: (1.5e-2, 0.3, 0.93), False: (4e-3, 6e-2, 0.97)}
 
 
 @pytest.mark.parametrize("chip", support.targets(), ids=lambda chip: chip.arch)
-@torch.inference_mode()
 def test_rows_are_alike_in_steps_of_every_size(chip: Target) -> None:
     config = ModelConfig.load(demo_model_path(), {"num_hidden_layers": 2})
     layout, device = ParallelLayout(), torch.device("cuda")
