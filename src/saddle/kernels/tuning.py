@@ -36,6 +36,7 @@ from saddle.version import VERSION
 logger = logging.getLogger(__name__)
 
 SHIPPED_SMS = 132  # H100 SXM, H200
+CANDIDATES = 2  # which tiles are tried; what was measured of others, and may be refused now, is not read
 SIZES = (8, 64, 1024, 4096)
 BUCKETS = tuple(1 << power for power in range(14))
 # Experts of the random model that is measured: as many as M2 has (3.6 GB in FP8), since how many tokens an expert
@@ -105,7 +106,7 @@ def prepare(shapes: Shapes, target: Target, device: torch.device | str, folder: 
 def file_name(shapes: Shapes, target: Target) -> str:
     """Name of the file of a card, a model's shape and a version."""
     card = re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-")
-    digest = hashlib.sha256(repr((shapes, target.arch, target.num_sms)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((CANDIDATES, shapes, target.arch, target.num_sms)).encode()).hexdigest()[:12]
     return f"tiles-{card}-{digest}-{VERSION}.json"
 
 
