@@ -164,6 +164,8 @@ def _launch_groups(
     weight: torch.Tensor, squares: torch.Tensor, out: Activation, pdl: int,
 ) -> None:  # fmt: skip
     num_tokens, width = x.shape
+    if width % GROUP:
+        raise ValueError(f"the hidden size must be a multiple of {GROUP}, not {width}")
     if squares.shape != (width // GROUP, num_tokens):
         raise ValueError(f"squares must be [{width // GROUP}, {num_tokens}], got {list(squares.shape)}")
     if num_tokens == 0:

@@ -108,5 +108,7 @@ def test_embedding_and_final_norm() -> None:
 
 @in_interpreter
 def test_odd_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of 128"):
-        fused_norm.add_norm(torch.zeros(1, 200), None, torch.ones(200), EPS, poisoned(1, 200, torch.bfloat16))
+    for squares in (None, torch.zeros(1, 1)):
+        with pytest.raises(ValueError, match="multiple of 128"):
+            fused_norm.add_norm(torch.zeros(1, 200), None, torch.ones(200), EPS, poisoned(1, 200, torch.bfloat16),
+                                squares=squares)  # fmt: skip
