@@ -19,12 +19,17 @@ from saddle.runner.runner import Runner
 FOLDER = Path(saddle.__file__).parent / "demo_model"
 MIB = 1 << 20
 ROOM_MIB = 200
+CONTEXT_MIB = 1024  # a CUDA context took 620 on an H100; whatever is more is another process's
 
 
 @pytest.mark.parametrize("max_num_seqs", [16, 128])
 def test_a_start_takes_what_was_planned(max_num_seqs: int) -> None:
     gc.collect()
     torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    others = (total - free - torch.cuda.memory_reserved()) / MIB
+    if others > CONTEXT_MIB:
+        pytest.skip(f"SHARED CARD: others hold about {others:.0f} MiB, what a start takes cannot be told from that")
     config = EngineConfig(
         load=LoadConfig(model=str(FOLDER)), cache=CacheConfig(kv_cache_memory_bytes=2 << 30),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
