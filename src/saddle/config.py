@@ -170,11 +170,12 @@ class CompileConfig:
         if not self.uses_graphs:
             return ()
         found = self.compilation_config
-        most = self.max_cudagraph_capture_size or found.get("max_cudagraph_capture_size") or max_num_seqs
-        most = min(most, max_num_seqs)
+        largest = self.max_cudagraph_capture_size or found.get("max_cudagraph_capture_size")
         given = self.cudagraph_capture_sizes or tuple(found.get("cudagraph_capture_sizes") or ())
         if given:
-            return tuple(sorted({size for size in given if size <= most}))
+            # No step has more rows than max_num_seqs: a size above that is there for the steps just below it.
+            return tuple(sorted({min(size, max_num_seqs) for size in given if largest is None or size <= largest}))
+        most = max_num_seqs if largest is None else min(largest, max_num_seqs)
         sizes = [size for size in (1, 2, 4, 8) if size <= most]
         while sizes[-1] < most:
             # The fewest rows that are padded to the next size are one more than the last: it may be 1.1 times as large.

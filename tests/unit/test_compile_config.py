@@ -38,7 +38,11 @@ def test_sizes_waste_under_a_tenth(max_num_seqs: int) -> None:
 
 
 def test_sizes_as_given() -> None:
-    assert CompileConfig(cudagraph_capture_sizes=(16, 1, 512)).capture_sizes(32) == (1, 16)
+    # What is larger than any step serves the largest steps.
+    assert CompileConfig(cudagraph_capture_sizes=(16, 1, 512)).capture_sizes(32) == (1, 16, 32)
+    assert compiled(cudagraph_capture_sizes=[1, 2, 4, 8]).capture_sizes(7) == (1, 2, 4, 7)
+    chosen = CompileConfig(cudagraph_capture_sizes=(16, 1, 512), max_cudagraph_capture_size=16)
+    assert chosen.capture_sizes(32) == (1, 16) and chosen.capture_sizes(9) == (1, 9)
     assert compiled(cudagraph_capture_sizes=[4, 2]).capture_sizes(32) == (2, 4)
     assert CompileConfig(max_cudagraph_capture_size=4).capture_sizes(32) == (1, 2, 4)
     assert compiled(max_cudagraph_capture_size=2).capture_sizes(32) == (1, 2)

@@ -46,9 +46,6 @@ from saddle.runner.steps import Outcome
 
 logger = logging.getLogger(__name__)
 
-# Rows of decode steps that are run at start beyond what graphs are captured for: kernels choose tiles by such steps.
-EAGER_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
 
 @dataclass(frozen=True, slots=True)
 class Launched:
@@ -202,11 +199,9 @@ class FusedPath:
         self._run_late()
         self._run_mixed(min(num_tokens, 8))
         self._batcher.pad()
-        largest = max(self._graphs.sizes, default=0)
-        for size in EAGER_SIZES:
-            if largest < size <= len(self.rows.epochs):
-                self._decode(size)
-                self._sample_plain(size)
+        for size in eager_sizes(max(self._graphs.sizes, default=0), len(self.rows.epochs)):
+            self._decode(size)
+            self._sample_plain(size)
 
     def _piece(self, size: int, number: int) -> None:
         self.model.piece(number, self._batcher.piece_inputs(size), self.kv)
@@ -366,6 +361,13 @@ class FusedPath:
             found.append(Scored(item, first, num_top, torch.cat(parts)))
             start += item.num_tokens
         return found
+
+
+def eager_sizes(largest_graph: int, num_rows: int) -> list[int]:
+    """Decode steps to run at start for those that no graph holds: one for each power of two, by which kernels choose
+    their tiles and lanes."""
+    powers = [1 << power for power in range(num_rows.bit_length() + 1) if 1 << power < 2 * num_rows]
+    return [size for size in (min(power, num_rows) for power in powers) if size > largest_graph]
 
 
 def _tiles(
