@@ -186,7 +186,7 @@ class Driver:
             "tokens_per_s": round(1e3 * length / milliseconds, 1),
         }  # fmt: skip
         if self.is_fused:  # of the last part
-            point |= {"path": "pieces" if self.path.piece_size else "kernels", "graph_launches": self.path.num_launches}
+            point |= {"path": "pieces" if self.path.piece_size else "kernels", "graph_launches": self.path.num_graphs}
         return point
 
 
@@ -290,6 +290,6 @@ class Gauge:
             launches = kernels.count_launches(model, inputs, kv)
         path = model.path_of(batch)
         return {
-            "distinct_experts": round(fmean(counts), 2), "path": path, "graph_launches": driver.path.num_launches,
+            "distinct_experts": round(fmean(counts), 2), "path": path, "graph_launches": driver.path.num_graphs,
             "launches_per_layer": None if path == "persistent" else launches,
         }  # fmt: skip

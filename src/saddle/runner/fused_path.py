@@ -106,7 +106,7 @@ class FusedPath:
         self.lines = [line, *target.decisions(), tiles_line, *kinds.lines,
                       *map(str, config.compile.decisions(most_rows, most_tokens))]  # fmt: skip
         self.compile_watch = CompileWatch()
-        self.num_launches = 0  # graphs of the last step; an eager half counts as one
+        self.num_graphs = 0  # that the last step replayed
         self.piece_size = 0  # tokens of the last step's pieces, padding included; 0: it had no such graphs
         self.rows: DeviceRows
         self.model: FusedMiniMaxM2
@@ -268,7 +268,7 @@ class FusedPath:
     def forward(self, work: list[RowWork]) -> Launched:
         began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
-        self.num_launches, self.piece_size = 1, 0
+        self.num_graphs, self.piece_size = 0, 0
         if not self._batcher.is_decode(work):
             batch, hidden = self._forward_mixed(work)
             logits = None if batch.scored else self.model.logits(hidden)
@@ -276,6 +276,7 @@ class FusedPath:
         size = self._graphs.size_for(len(work))
         batch = self._batcher.decode(work, size)
         if size:
+            self.num_graphs += 1
             self._graphs.forward(size)
         else:
             self._decode(len(work))
@@ -289,7 +290,7 @@ class FusedPath:
         batch = self._batcher.mixed(work, size)
         if not size:
             return batch, self.model.hidden(batch.inputs, self.kv)
-        self.num_launches, self.piece_size = self.model.num_pieces, size
+        self.num_graphs, self.piece_size = self.model.num_pieces, size
         return batch, self.model.hidden(batch.inputs, self.kv, functools.partial(self._pieces.replay, size))
 
     def _decode(self, size: int) -> None:
@@ -303,7 +304,6 @@ class FusedPath:
 
     def sample(self, launched: Launched, mask: StepMask | None) -> Callable[[], Outcome]:
         batch, logits = launched.batch, launched.logits
-        self.num_launches += 1
         scored = self._score_prompts(launched) if batch.scored else []
         drawn: Drawn | None = None
         if batch.sampling:
@@ -340,6 +340,7 @@ class FusedPath:
         if not self._sampler.is_plain(work, mask):
             return self._sampler.sample(logits, work, batch.rows, batch.positions, mask)
         if batch.size:
+            self.num_graphs += 1
             self._graphs.sample(batch.size)
             return Drawn(work, self._sampler.ids[: len(work)], None, {})
         return Drawn(work, self._sampler.launch(logits, batch.rows, batch.positions), None, {})

@@ -230,9 +230,9 @@ def test_graphs_serve_decode_steps_that_are_plain(plans: Plans) -> None:
             plans.start(row, prompt_of(5, row, VOCAB), replace_params(row))
         assert replayed == []
         plans.step(*(plans.work(row, 1) for row in range(2)))
-        assert replayed == [("forward", 2), ("sample", 2)] and path.num_launches == 2
+        assert replayed == [("forward", 2), ("sample", 2)] and path.num_graphs == 2
         plans.step(*(plans.work(row, 1) for row in range(3)))  # row 2 wants log-probabilities
-        assert replayed[2:] == [("forward", 4)]
+        assert replayed[2:] == [("forward", 4)] and path.num_graphs == 1
     plans.release(0, 1, 2)
 
 
@@ -247,7 +247,7 @@ def test_pieces_of_steps_with_prompts_are_graphs_up_to_a_size(plans: Plans) -> N
         own = path._pieces.replay
         patch.setattr(path._pieces, "replay", lambda size, number: (replayed.append((size, number)), own(size, number)))
         plans.start(0, prompts[0])
-        assert replayed == [(32, 0), (32, 1), (32, 2)] and path.piece_size == 32 and path.num_launches == 3 + 1
+        assert replayed == [(32, 0), (32, 1), (32, 2)] and path.piece_size == 32 and path.num_graphs == 3
         plans.start(1, prompts[1])
         assert replayed[3:] == [(16, 0), (16, 1), (16, 2)]
         admit = plans.admit(2, prompts[2])
@@ -386,5 +386,6 @@ def test_without_graphs(patched: None) -> None:
     for row, ids in prompts.items():
         plans.start(row, ids)
     plans.finish([*prompts], 4)
+    assert path.num_graphs == 0
     for row, ids in prompts.items():
         assert plans.output(row) == continued(ids, 4)
