@@ -323,17 +323,24 @@ def _fill(matrix: PackedMatrix, size: float, generator: torch.Generator) -> None
 
 
 def _fill_nibbles(matrix: PackedMatrix, size: float, generator: torch.Generator) -> None:
-    """As `_fill`: every 4-bit number is as likely as the others, and scales are around one."""
+    """As `_fill`: every 4-bit number is as likely as the others, and scales are around one. Integers get 0 for -8: a
+    mean of half a step in all rows is one direction that outgrows the others from layer to layer."""
+    integers = nibbles.nibble_format(matrix).numbers == "int4"
     words = matrix.data.view(torch.int32).view(-1)
     for start in range(0, words.numel(), DUMMY_NUMBERS):
         part = words[start : start + DUMMY_NUMBERS]
         part.random_(-(1 << 31), 1 << 31, generator=generator)
+        if integers:
+            some = part | part >> 1
+            some |= some >> 2  # the lowest of each four bits: any of them
+            part |= some.bitwise_not_().bitwise_and_(0x11111111) << 3
     numbers = torch.arange(16, dtype=torch.uint8)
+    if integers:
+        numbers[0] = 8
     std = float(nibbles.values(numbers, nibbles.nibble_format(matrix)).square().mean().sqrt())
     scales = nibbles.scale_view(matrix)
     drawn = torch.empty(scales.shape, device=scales.device).normal_(0.0, 0.25, generator=generator).exp_()
     factor = size * matrix.num_cols**-0.5 / std * 2.718281828459045**-0.0625
     # Integers have no factor of their own: it goes into their scales.
-    integers = nibbles.nibble_format(matrix).numbers == "int4"
     scales.copy_(drawn * factor if integers else drawn)
     nibbles.factor_view(matrix).fill_(1.0 if integers else factor)
