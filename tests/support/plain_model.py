@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from saddle.kernels import nibbles, tiles
+from saddle.kernels import moe, nibbles, tiles
 from saddle.kernels.tiles import NibbleTiles, PackedMatrix
 from saddle.model import weights as w
 from saddle.model.config import ModelConfig
@@ -35,6 +36,24 @@ def logits(model: MiniMaxM2, ids: list[int]) -> torch.Tensor:
                         ints(0, count), ints(count), every, count, count, [(count, count)])  # fmt: skip
     with torch.inference_mode():
         return model.forward(inputs, model.allocate_kv(num_blocks, BLOCK_SIZE, model.dtype))
+
+
+def logits_and_margins(model: MiniMaxM2, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits`, and [T] float32 by how much a token's last chosen expert leads the first that is not chosen (score plus
+    bias), in the layer where it leads least. Below the noise of another path's scores the token may get another expert
+    there, and then differs by far more than rounding."""
+    route, leads = moe.route, []
+
+    def measured(
+        h: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor, top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        best = (torch.mm(h.to(torch.float32), gate).sigmoid() + bias).topk(top_k + 1).values
+        leads.append(best[:, -2] - best[:, -1])
+        return route(h, gate, bias, top_k)
+
+    with mock.patch.object(moe, "route", measured):
+        found = logits(model, ids)
+    return found, torch.stack(leads).amin(0)
 
 
 def load(folder: Path, device: torch.device, overrides: dict[str, Any] | None = None) -> MiniMaxM2:
