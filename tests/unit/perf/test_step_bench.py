@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -46,6 +47,22 @@ def test_points(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     prompts = [plan for plan in seen if plan.step_id > 0][2 * steps :]
     assert [plan.num_tokens for plan in prompts] == [64, 26] * (step.PROMPT_RUNS + 1)
     assert [plan.work[0].samples for plan in prompts[:2]] == [False, True]
+
+
+def test_a_card_is_warm_before_its_first_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    asked: list[tuple[int, ...]] = []
+
+    def point(*what: int) -> None:
+        now[0] += 0.4
+        asked.append(what)
+
+    monkeypatch.setattr(step.time, "monotonic", lambda: now[0])
+    driver = cast(step.Driver, SimpleNamespace(decode=point, prompt=point, info=SimpleNamespace(max_num_seqs=4)))
+    step.warm_up(driver, step.StepSpec(batches=(8, 1), contexts=(50, 60)))
+    assert asked == [(4, 50)] * 3  # a batch that there is no room for is refused later, by name
+    step.warm_up(driver, step.StepSpec(batches=(), prompts=(400,)))
+    assert asked[3:] == [(400,)] * 3
 
 
 def test_a_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
