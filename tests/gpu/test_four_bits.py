@@ -83,15 +83,17 @@ TOKENS = 512
 # Tokens a step: 8 pairs an expert, the kernels for few that M2's 256 experts get up to 256 tokens, and 25 pairs, those
 # for many, which round the rows of pairs to bf16.
 PARTS = {"few": 32, "many": 100}
-# Other rounding gives a token another expert where the last one chosen leads by less than the noise of scores (plain
-# torch with these roundings: standard deviation 5e-4, with FP8 activations in attention 3e-3; leads of up to 1.5e-3 and
-# 7e-3 turned), and one expert of eight is a fifth of a token's logits: what such tokens do says nothing of products.
-ROUTING_MARGIN = {kind: 0.01 if kind == "mixed-precision" else 0.004 for kind in KINDS}
-# Between two sides of the other tokens in plain torch with these roundings. KL of a right model, few or many: 3e-5 to
-# 6e-5, 6e-4 with FP8 activations; with one layer's scales shifted by a group 0.03. The bounds are geometric means.
-MOST_KL = {kind: 0.0044 if kind == "mixed-precision" else 0.0014 for kind in KINDS}
+# Other rounding gives a token another expert where the last one chosen leads by less than the noise of scores, and one
+# expert of eight is a fifth of a token's logits: what such tokens do says nothing of products. In plain torch with
+# these roundings, eight draws of weights and tokens, noise was 3e-4 to 9e-4 and leads of up to 0.003 turned; with FP8
+# activations in attention 0.003 and 0.0133.
+ROUTING_MARGIN = {kind: 0.015 if kind == "mixed-precision" else 0.006 for kind in KINDS}
+# Between two sides of the other tokens in the same draws. KL of a right model, few or many: 2e-5 to 7e-5, with FP8
+# activations 6e-4 to 7e-4; with one layer's scales shifted by a group 0.03. The bounds are geometric means.
+MOST_KL = {kind: 0.0046 if kind == "mixed-precision" else 0.0014 for kind in KINDS}
 # Random logits have near ties. Noise of standard deviation s in every logit has KL s^2 / 2: what leads by 12 s stays
-# first. No miss among 112 to 215 such tokens, 20 to 45 with shifted scales in all experts.
+# first. In the same draws no miss among 160 to 190 such tokens (21 to 38 with shifted scales in all experts), with FP8
+# activations among 60 to 80 (6 to 16).
 MARGIN = 0.45
 
 
@@ -133,4 +135,4 @@ def test_two_layers_against_plain_torch(kind: str, part: int) -> None:
           f"top-1 agreement {agreement:.4f}, {misses} misses of {sure} sure; one matrix wrong {wrong:.5f}, "
           f"{share:.4f}; all: {wrong_misses} misses")  # fmt: skip
     assert kl < MOST_KL[kind] < wrong
-    assert misses == 0 < wrong_misses and sure >= 50
+    assert misses == 0 < wrong_misses and sure >= 40
