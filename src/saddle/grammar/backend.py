@@ -220,15 +220,14 @@ class XGrammarBackend:
     def close(self) -> None:
         """End threads and processes; what is being compiled fails."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._stop_triers()  # so that no thread waits for one
-        self._pool.shutdown(wait=True)
-        self._stop_triers()  # what a thread started meanwhile
-
-    def _stop_triers(self) -> None:
         with self._lock:
-            triers, self._triers = self._triers, []
+            triers = list(self._triers)
         for trier in triers:
+            trier.kill()  # so that no thread waits for one
+        self._pool.shutdown(wait=True)
+        for trier in self._triers:  # their threads are gone
             trier.stop()
+        self._triers.clear()
 
     # masks -------------------------------------------------------------------------------------------------------
 

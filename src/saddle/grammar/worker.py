@@ -34,7 +34,8 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 class Trier:
-    """One process that compiles; started on first use and again after it was killed. For one thread at a time.
+    """One process that compiles; started on first use and again after it was killed. For one thread at a time, but
+    for `kill`.
 
     Args:
         max_compile_s: seconds after which a compilation is given up.
@@ -61,7 +62,7 @@ class Trier:
         arguments = (theirs, self._vocabulary, self._max_memory_bytes)
         process = context.Process(target=run, args=arguments, name="saddle-grammar", daemon=True)
         process.start()
-        self._process = process  # not before it runs: another thread may stop it at any time
+        self._process = process  # not before it runs: another thread may kill it at any time
         theirs.close()
         try:
             answer = self._receive(START_S)
@@ -94,8 +95,15 @@ class Trier:
         if error:
             raise InvalidRequest(f"The grammar cannot be compiled: {error}", param)
 
+    def kill(self) -> None:
+        """End the process from any thread: the one that waits for it sees that. Only that one may close the pipe, or it
+        is closed twice, the second time perhaps when its number is another file's."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def stop(self) -> None:
-        """End the process. Safe to call twice."""
+        """End the process and forget it. Safe to call twice."""
         if self._process is not None:
             self._process.kill()
             self._process.join()

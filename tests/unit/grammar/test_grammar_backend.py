@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -270,6 +271,31 @@ def test_a_grammar_that_takes_too_much_memory_is_refused(tokenizer: Tokenizer) -
         trier.try_out(build.to_compile(GrammarSpec(kind="json_schema", source=slow_source(14))), None)
     trier.try_out(build.to_compile(build.regex("a")), None)  # a new process
     trier.stop()
+
+
+def test_closing_while_a_grammar_is_compiled(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that two threads close is closed twice, the second time perhaps when its number is another file's."""
+    backend = XGrammarBackend(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id], max_compile_s=60.0,
+                              max_schema_bytes=4 << 20)  # fmt: skip
+    compiled(backend, build.regex("the process runs"))
+    slow = backend.compile(GrammarSpec(kind="json_schema", source=slow_source(14)))
+    stopped: list[tuple[bool, bool]] = []
+    stop = Trier.stop
+
+    def watch(trier: Trier) -> None:
+        stopped.append((threading.current_thread() is threading.main_thread(), slow.done()))
+        stop(trier)
+
+    monkeypatch.setattr(Trier, "stop", watch)
+    time.sleep(0.3)
+    assert not slow.done()
+    began = time.monotonic()
+    backend.close()
+    assert time.monotonic() - began < 10
+    with pytest.raises(InvalidRequest):
+        slow.result(0)
+    assert (True, False) not in stopped and (True, True) in stopped
+    backend.close()
 
 
 def test_a_grammar_larger_than_the_cache_is_refused(small: XGrammarBackend) -> None:
