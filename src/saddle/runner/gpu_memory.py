@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 MIB = 1 << 20
-# The CUDA context with the kernels that a start loads into it: 623 MiB on an H100 and an H200 with CUDA 13.
+# The CUDA context with the kernels that a start loads into it: 623 MiB on an H100 with CUDA 13.
 CONTEXT_BYTES = 640 * MIB
 # More than this outside of torch is another process's, not the context.
 MOST_CONTEXT_BYTES = 1024 * MIB
