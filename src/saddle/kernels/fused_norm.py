@@ -13,14 +13,14 @@ any factor. The math is that of `norm_rope.rms_norm`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saddle.kernels.launching import enqueue
+from saddle.kernels.tile_dot import begin, launch_options, release
 from saddle.kernels.whole import next_power_of_2
 
 if TYPE_CHECKING:
@@ -44,10 +44,7 @@ def _norm_kernel(
     columns = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = (group < WIDTH // 128)[:, None] & (columns >= 0)
     gain = tl.load(weight + columns, mask=inside, other=0.0)  # no other kernel writes it: loaded before the wait
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    begin(PDL)
     token = target
     if GATHER:
         token = tl.load(index + target).to(tl.int64)
@@ -59,8 +56,7 @@ def _norm_kernel(
     for part in tl.static_range(NUM_PARTS):
         place = parts + part * part_stride + token * part_token_stride
         values += tl.load(place + columns, mask=inside, other=0.0).to(tl.float32)
-    if PDL == 2:
-        gdc_launch_dependents()
+    release(PDL)
     if WRITE_X:
         tl.store(x + token * WIDTH + columns, values, mask=inside)
     inverse = tl.rsqrt(tl.sum(tl.sum(values * values, 1), 0) / WIDTH + eps)
@@ -85,18 +81,14 @@ def _group_kernel(
     group = tl.program_id(1)
     column = group * 128 + tl.arange(0, 128)
     gain = tl.load(weight + column)
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    begin(PDL)
     if EMBED:
         values = tl.load(table + tl.load(index + token).to(tl.int64) * WIDTH + column).to(tl.float32)
     else:
         values = tl.load(x + token * WIDTH + column)
     for part in tl.static_range(NUM_PARTS):
         values += tl.load(parts + part * part_stride + token * part_token_stride + column).to(tl.float32)
-    if PDL == 2:
-        gdc_launch_dependents()
+    release(PDL)
     tl.store(x + token * WIDTH + column, values)
     tl.store(squares + group * tl.num_programs(0) + token, tl.sum(values * values, 0))
     gained = values * gain
@@ -159,22 +151,31 @@ def final_norm(
     _launch(len(logit_index), x, parts, logit_index, None, weight, eps, out, None, pdl)
 
 
+def part_layout(parts: torch.Tensor | None) -> tuple[int, int, int]:
+    """How many parts [P, T, H] there are, and the strides of a part and of a token in them."""
+    return (0, 0, 0) if parts is None else (len(parts), parts.stride(0), parts.stride(1))
+
+
+def _check_width(width: int) -> None:
+    if width % GROUP:
+        raise ValueError(f"the hidden size must be a multiple of {GROUP}, not {width}")
+
+
 def _launch_groups(
     x: torch.Tensor, parts: torch.Tensor | None, index: torch.Tensor | None, table: torch.Tensor | None,
     weight: torch.Tensor, squares: torch.Tensor, out: Activation, pdl: int,
 ) -> None:  # fmt: skip
     num_tokens, width = x.shape
-    if width % GROUP:
-        raise ValueError(f"the hidden size must be a multiple of {GROUP}, not {width}")
+    _check_width(width)
     if squares.shape != (width // GROUP, num_tokens):
         raise ValueError(f"squares must be [{width // GROUP}, {num_tokens}], got {list(squares.shape)}")
     if num_tokens == 0:
         return
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
+    num_parts, *strides = part_layout(parts)
     enqueue(
         _group_kernel, (num_tokens, width // GROUP, 1), x, parts, *strides, index, table, weight, squares, out.data,
-        out.scale, width, num_parts, index is not None, out.scale is not None, pdl, num_warps=1, **options,
+        out.scale, width, num_parts, index is not None, out.scale is not None, pdl,
+        **launch_options(1, pdl),
     )  # fmt: skip
 
 
@@ -183,15 +184,13 @@ def _launch(
     weight: torch.Tensor, eps: float, out: torch.Tensor, scales: torch.Tensor | None, pdl: int, embed: bool = False,
 ) -> None:  # fmt: skip
     width = x.shape[-1]
-    if width % GROUP:
-        raise ValueError(f"the hidden size must be a multiple of {GROUP}, not {width}")
+    _check_width(width)
     if count == 0:
         return
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-    num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
+    num_parts, *strides = part_layout(parts)
     enqueue(
         _norm_kernel, (count, 1, 1), x, parts, *strides, index, table, weight, eps, out, scales, width,
         next_power_of_2(width // GROUP), num_parts, embed, index is not None and not embed,
         embed or (parts is not None and index is None), scales is not None, pdl,
-        num_warps=NUM_WARPS if width > 1024 else 4, **options,
+        **launch_options(NUM_WARPS if width > 1024 else 4, pdl),
     )  # fmt: skip

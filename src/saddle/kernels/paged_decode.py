@@ -18,17 +18,17 @@ where `qk_rope` ran before. Softmax is computed with exp2; queries carry the fac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saddle.kernels.decode_loop import attend, attend_fp8
 from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer
 from saddle.kernels.qk_rope import QUERY_SCALE
+from saddle.kernels.tile_dot import begin, launch_options, release
 from saddle.kernels.whole import next_power_of_2
 
 if TYPE_CHECKING:
@@ -119,10 +119,7 @@ def _plan_kernel(
 ):  # fmt: skip
     """Write the items of all rows; one program. `cuts`: how many numbers of items to weigh: TARGET, a little less in
     seven steps (so that few equal rows divide evenly), then TARGET * 3/2, 4/2, ..."""
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    begin(PDL)
     row = tl.arange(0, ROWS_UP)
     blocks = (tl.load(context_lens + row, mask=row < num_rows, other=0) + 63) // 64
     total = tl.sum(blocks, 0)
@@ -151,8 +148,7 @@ def _plan_kernel(
     item = tl.arange(0, ITEMS_UP)
     unused = (item >= tl.sum(count, 0)) & (item < NUM_ITEMS)
     tl.store(items + item * 8, tl.full([ITEMS_UP], -1, tl.int32), mask=unused)
-    if PDL == 2:
-        gdc_launch_dependents()
+    release(PDL)
 
 
 @triton.jit
@@ -287,10 +283,7 @@ def _decode_kernel(
     num_items = tl.load(items + item * 8 + 4)
     context = tl.load(context_lens + tl.maximum(row, 0))
     table = block_tables + tl.load(row_ids + tl.maximum(row, 0)).to(tl.int64) * table_stride
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    begin(PDL)
     if row >= 0:
         token = row.to(tl.int64)
         group = tl.arange(0, 16)
@@ -311,8 +304,7 @@ def _decode_kernel(
         else:
             best, total, result = attend_fp8(queries, kv, kv_scales, k_scale, v_scale, table, start, num_blocks,
                                               limit, head, KV_HEADS, STAGES, TILE, CHUNK, SCALES, ASM)  # fmt: skip
-        if PDL == 2:
-            gdc_launch_dependents()
+        release(PDL)
         if FUSED:  # noqa: SIM102
             if (start + num_blocks) * 64 >= context:
                 key, value = _new_token(
@@ -349,13 +341,12 @@ def plan_decode(context_lens: torch.Tensor, work: DecodeWork, num_rows: int, pdl
         context_lens: [>= num_rows] int32, the new token included; 0: a row that only pads.
         num_rows: rows with one new token, the first of the step.
     """
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     num_items, kv_heads = work.stats.shape[1:3]
     enqueue(
         _plan_kernel, (1, 1, 1),
         context_lens, work.items, num_rows, 6 + 2 * _cut(num_rows), work.target_items, work.num_slots, kv_heads,
         MIN_BLOCKS, ITEM_COST, next_power_of_2(len(work.counters) // kv_heads), num_items,
-        next_power_of_2(num_items), pdl, num_warps=4, **options,
+        next_power_of_2(num_items), pdl, **launch_options(4, pdl),
     )  # fmt: skip
 
 
@@ -397,14 +388,13 @@ def _launch(
         raise ValueError(f"{num_heads} query heads over {kv_heads} KV heads: at most {PARTIAL_HEADS} each")
     if num_rows == 0:
         return
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     enqueue(
         _decode_kernel, (kv_heads, work.max_items(num_rows), 1),
         source, q_norm, k_norm, eps, cos, sin, QUERY_SCALE, kv.data, kv.scales, kv.k_scale, kv.v_scale, block_tables,
         block_tables.stride(0), row_ids, context_lens, work.items, work.partial, work.stats, work.stats.stride(0),
         work.counters, out.data, out.scale, kv_heads, group, _piece_of(num_heads), _piece_of(kv_heads),
         work.num_stages, FP8_TILE, CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, work.has_converter, fused,
-        out.scale is not None, pdl, num_warps=NUM_WARPS, **options,
+        out.scale is not None, pdl, **launch_options(NUM_WARPS, pdl),
     )  # fmt: skip
 
 

@@ -12,20 +12,28 @@ in equal places of two tensors and nothing has to move between lanes.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saddle.kernels.launching import enqueue
 from saddle.kernels.paged_kv import CHUNK_BYTES, HEAD_DIM, KVLayer, swizzled
+from saddle.kernels.tile_dot import begin, launch_options, release
 from saddle.kernels.whole import next_power_of_2
 
 NUM_WARPS, KV_WARPS = 4, 2
 # Scores are q k / sqrt(head_dim) and softmax is computed with exp2: both factors go into q.
 QUERY_SCALE = HEAD_DIM**-0.5 * math.log2(math.e)
+
+
+@triton.jit
+def _rotation(cos_table, sin_table, position):
+    """cos and sin [1, 32] of a position."""
+    pair = tl.arange(0, 32)
+    cos = tl.load(cos_table + position.to(tl.int64) * 32 + pair)[None, :]
+    sin = tl.load(sin_table + position.to(tl.int64) * 32 + pair)[None, :]
+    return cos, sin
 
 
 @triton.jit
@@ -100,16 +108,12 @@ def _qk_rope_kernel(
     CHUNK: tl.constexpr, SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    begin(PDL)
     position = tl.load(positions + token)
     if position >= 0:
         row = qkv + token * ((HEADS + 2 * KV_HEADS) * 128)
         pair = tl.arange(0, 32)
-        cos = tl.load(cos_table + position.to(tl.int64) * 32 + pair)[None, :]
-        sin = tl.load(sin_table + position.to(tl.int64) * 32 + pair)[None, :]
+        cos, sin = _rotation(cos_table, sin_table, position)
 
         heads = tl.arange(0, HEADS_UP)
         q0 = _piece(row, heads, 0, 32, HEADS)
@@ -128,8 +132,7 @@ def _qk_rope_kernel(
         tl.store(target + 64 + tl.arange(0, 64)[None, :], q2.to(q_out.dtype.element_ty), mask=mask)
         _write_keys_and_values(row + HEADS * 128, k_norm, eps, cos, sin, tl.load(slots + token), kv, scales, k_scale,
                                v_scale, KV_HEADS, KV_HEADS_UP, CHUNK, SCALES)  # fmt: skip
-    if PDL == 2:
-        gdc_launch_dependents()
+    release(PDL)
 
 
 @triton.jit
@@ -140,23 +143,17 @@ def _kv_kernel(
 ):  # fmt: skip
     """`_qk_rope_kernel` of a token whose queries the product before has turned."""
     token = tl.program_id(0).to(tl.int64)
-    if PDL > 0:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    begin(PDL)
     heads = tl.arange(0, HEADS_UP)
     square = tl.sum(tl.load(squares + token * HEADS + heads, mask=heads < HEADS, other=0.0), 0)
     tl.store(factors + token, tl.rsqrt(square / (HEADS * 128) + eps) * query_scale)
     position = tl.load(positions + token)
     if position >= 0:
-        pair = tl.arange(0, 32)
-        cos = tl.load(cos_table + position.to(tl.int64) * 32 + pair)[None, :]
-        sin = tl.load(sin_table + position.to(tl.int64) * 32 + pair)[None, :]
+        cos, sin = _rotation(cos_table, sin_table, position)
         keys = qkv + token * ((HEADS + 2 * KV_HEADS) * 128) + HEADS * 128
         _write_keys_and_values(keys, k_norm, eps, cos, sin, tl.load(slots + token), kv, scales, k_scale, v_scale,
                                KV_HEADS, KV_HEADS_UP, CHUNK, SCALES)  # fmt: skip
-    if PDL == 2:
-        gdc_launch_dependents()
+    release(PDL)
 
 
 def qk_rope_write(
@@ -178,12 +175,11 @@ def qk_rope_write(
         raise ValueError(f"qkv has {qkv.shape[1]} columns for {num_heads} heads and {kv.num_kv_heads} KV heads")
     if qkv.shape[0] == 0:
         return
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     enqueue(
         _qk_rope_kernel, (qkv.shape[0], 1, 1), qkv, q_norm, k_norm, eps, cos, sin, positions, slots, kv.data, kv.scales,
         kv.k_scale, kv.v_scale, q_out, QUERY_SCALE, num_heads, next_power_of_2(num_heads), num_kv_heads,
         next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl,
-        num_warps=NUM_WARPS, **options,
+        **launch_options(NUM_WARPS, pdl),
     )  # fmt: skip
 
 
@@ -200,10 +196,9 @@ def kv_write(
     num_heads, num_kv_heads = squares.shape[1], k_norm.numel() // HEAD_DIM
     if qkv.shape[1] != (num_heads + 2 * num_kv_heads) * HEAD_DIM or num_kv_heads != kv.num_kv_heads:
         raise ValueError(f"qkv has {qkv.shape[1]} columns for {num_heads} heads and {num_kv_heads} KV heads")
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     enqueue(
         _kv_kernel, (qkv.shape[0], 1, 1), qkv, squares, k_norm, eps, cos, sin, positions, slots, kv.data, kv.scales,
         kv.k_scale, kv.v_scale, factors, QUERY_SCALE, num_heads, next_power_of_2(num_heads), num_kv_heads,
-        next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl, num_warps=KV_WARPS,
-        **options,
+        next_power_of_2(num_kv_heads), CHUNK_BYTES // kv.data.element_size(), kv.scale_kind, pdl,
+        **launch_options(KV_WARPS, pdl),
     )  # fmt: skip

@@ -435,7 +435,7 @@ def _few_logits(
 ) -> None:  # fmt: skip
     (num_tokens, width), num_experts = x.shape, work.num_experts
     blocks = next_power_of_2(num_experts) // cut.be
-    num_parts, *strides = (0, 0, 0) if parts is None else (len(parts), *parts.stride()[:2])
+    num_parts, *strides = fused_norm.part_layout(parts)
     enqueue(
         _few_logits_kernel, (cut.num, blocks, cdiv(num_tokens, cut.bm)), x, parts, *strides, weight, gate, x_out,
         work.logits, work.squares, work.counts, num_tokens,
